@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from aromni_jax.codecs import params as codec_params
 from aromni_jax.codecs import vq
 
 Array = jax.Array
@@ -420,13 +421,7 @@ def _open(picture: Image.Image | str | os.PathLike | bytes) -> Image.Image:
 
 def to_params(codec: ImageVQ) -> dict:
   """Returns the parameters as nested dicts of arrays, all keys strings (list positions too)."""
-  params: dict = {}
-  for path, variable in nnx.to_flat_state(nnx.state(codec, nnx.Param)):
-    node = params
-    for key in path[:-1]:
-      node = node.setdefault(str(key), {})
-    node[str(path[-1])] = variable.get_value()
-  return params
+  return codec_params.to_params(codec)
 
 
 def from_params(config: ImageVQConfig, params: dict) -> ImageVQ:
@@ -435,23 +430,4 @@ def from_params(config: ImageVQConfig, params: dict) -> ImageVQ:
   Raises:
     ValueError: if names or shapes are not those of the config, naming the differences.
   """
-  abstract = nnx.eval_shape(lambda: ImageVQ(config, rngs=nnx.Rngs(0)))
-  graphdef, state = nnx.split(abstract)
-  want, have = _shapes(to_params(abstract)), _shapes(params)
-  if want != have:
-    missing = sorted(want.keys() - have.keys())
-    extra = sorted(have.keys() - want.keys())
-    both = want.keys() & have.keys()
-    shapes = [f"{k}: {have[k]} for {want[k]}" for k in both if want[k] != have[k]]
-    raise ValueError(
-      "The image codec's parameters do not fit its config: "
-      f"missing {missing[:4]} ({len(missing)}), unexpected {extra[:4]} ({len(extra)}), "
-      f"wrong shapes {sorted(shapes)[:4]} ({len(shapes)}). Use the config saved beside them."
-    )
-  nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, params))
-  return nnx.merge(graphdef, state)
-
-
-def _shapes(params: dict) -> dict[str, tuple[int, ...]]:
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  return {".".join(key.key for key in path): leaf.shape for path, leaf in leaves}
+  return codec_params.from_params(lambda rngs: ImageVQ(config, rngs=rngs), params, "image codec")

@@ -1,0 +1,65 @@
+"""Codec parameters as nested dicts of arrays, the form in which they are stored and converted."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+def init(make: Callable[[nnx.Rngs], Module], seed: int) -> tuple[nnx.GraphDef, nnx.State]:
+  """Returns the structure and the random parameters of a module, made in one compiled call.
+
+  Args:
+    make: builds the module from `rngs`.
+    seed: seed of the parameters.
+  """
+  graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+  return graphdef, jax.jit(lambda key: nnx.split(make(nnx.Rngs(key)))[1])(jax.random.key(seed))
+
+
+def to_params(module: nnx.Module) -> dict:
+  """Returns the parameters as nested dicts of arrays, all keys strings (list positions too)."""
+  params: dict = {}
+  for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+    node = params
+    for key in path[:-1]:
+      node = node.setdefault(str(key), {})
+    node[str(path[-1])] = variable.get_value()
+  return params
+
+
+def from_params(make: Callable[[nnx.Rngs], Module], params: dict, name: str) -> Module:
+  """Returns the module with the given parameters (nested dicts as `to_params` makes them).
+
+  Args:
+    make: builds the module from `rngs`; only its structure is used.
+    params: nested dicts of arrays.
+    name: what error messages call the module.
+
+  Raises:
+    ValueError: if names or shapes are not those of the module, naming the differences.
+  """
+  abstract = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+  graphdef, state = nnx.split(abstract)
+  want, have = _shapes(to_params(abstract)), _shapes(params)
+  if want != have:
+    missing = sorted(want.keys() - have.keys())
+    extra = sorted(have.keys() - want.keys())
+    both = want.keys() & have.keys()
+    shapes = [f"{k}: {have[k]} for {want[k]}" for k in both if want[k] != have[k]]
+    raise ValueError(
+      f"The {name}'s parameters do not fit its config: "
+      f"missing {missing[:4]} ({len(missing)}), unexpected {extra[:4]} ({len(extra)}), "
+      f"wrong shapes {sorted(shapes)[:4]} ({len(shapes)}). Use the config saved beside them."
+    )
+  nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, params))
+  return nnx.merge(graphdef, state)
+
+
+def _shapes(params: dict) -> dict[str, tuple[int, ...]]:
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  return {".".join(key.key for key in path): leaf.shape for path, leaf in leaves}

@@ -1,0 +1,94 @@
+"""Shape of the decoder and how it is computed."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+_CHOICES = {
+  "norm_placement": ("pre", "swin"),
+  "remat_policy": ("none", "dots", "full"),
+  "attention": ("auto", "xla", "splash", "cudnn"),
+  "dtype": ("float32", "bfloat16"),
+  "param_dtype": ("float32", "bfloat16"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """The Chameleon decoder (arXiv 2405.09818). The defaults are the 7B model.
+
+  Attributes:
+    vocab_size: rows of the embedding and columns of the head.
+    embed_dim, mlp_dim: width of the residual stream and of the MLP.
+    num_layers, num_heads, num_kv_heads, head_dim: attention; query heads share the key heads.
+    rope_theta: base of the rotary angles.
+    norm_eps: epsilon of the RMS norms; the q/k norms have 1e-5, as the released model.
+    norm_placement: "pre", or "swin": norms act on the branches' outputs (AR-Omni section 3).
+    dtype, param_dtype: of computation and of parameters.
+    remat_policy: what the backward pass recomputes: "none" nothing, "dots" all but the products
+      with weights, "full" everything but the layers' inputs.
+    scan_layers: one compiled layer in a loop, or `num_layers` copies of it.
+    init_std: standard deviation of the initial weights.
+    attention: backend, see `models/attention.py`.
+  """
+
+  vocab_size: int = 65536
+  embed_dim: int = 4096
+  mlp_dim: int = 11008
+  num_layers: int = 32
+  num_heads: int = 32
+  num_kv_heads: int = 32
+  head_dim: int = 128
+  rope_theta: float = 10_000.0
+  norm_eps: float = 1e-5
+  norm_placement: str = "pre"
+  dtype: str = "bfloat16"
+  param_dtype: str = "float32"
+  remat_policy: str = "full"
+  scan_layers: bool = True
+  init_std: float = 0.02
+  attention: str = "auto"
+
+  def __post_init__(self):
+    for field, choices in _CHOICES.items():
+      if getattr(self, field) not in choices:
+        raise ValueError(f"model.{field} {getattr(self, field)!r}; expected one of {choices}")
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(
+        f"model.num_heads {self.num_heads} is not a multiple of "
+        f"model.num_kv_heads {self.num_kv_heads}"
+      )
+    if self.head_dim % 2:
+      raise ValueError(f"model.head_dim {self.head_dim} is odd; rotary embeddings need pairs")
+
+  @property
+  def compute_dtype(self) -> jnp.dtype:
+    return jnp.dtype(self.dtype)
+
+  def num_params(self) -> int:
+    """Parameters of the decoder with embedding and head."""
+    attention = 2 * self.embed_dim * self.head_dim * (self.num_heads + self.num_kv_heads)
+    layer = attention + 3 * self.embed_dim * self.mlp_dim + 2 * self.embed_dim + 4 * self.head_dim
+    return self.num_layers * layer + 2 * self.vocab_size * self.embed_dim + self.embed_dim
+
+  def flops_per_token(self, length: int) -> float:
+    """Floating-point operations of a training step per token: 6 per weight in a product, plus
+    attention over half of `length` positions (causal)."""
+    products = self.num_params() - self.vocab_size * self.embed_dim
+    return 6.0 * products + 6.0 * self.num_layers * self.num_heads * self.head_dim * length
+
+
+PRESETS = {
+  "chameleon_7b": DecoderConfig(),
+  "demo": DecoderConfig(
+    vocab_size=2944,
+    embed_dim=256,
+    mlp_dim=688,
+    num_layers=6,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=64,
+    dtype="float32",
+    remat_policy="none",
+  ),
+}

@@ -1,0 +1,107 @@
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors import safe_open
+
+from aromni_jax.codecs import params as codec_params
+from aromni_jax.codecs import speech_codec
+from aromni_jax.convert import speech_codec_names
+
+FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures/parity/wavtok_tiny.safetensors"
+TINY = speech_codec.SpeechCodecConfig(
+  num_filters=4, embed_dim=32, num_codes=64, dim=64, mlp_dim=96, num_layers=3
+)
+SMALL = dataclasses.replace(
+  speech_codec.PRESETS["small"], encoder_dim=16, encoder_layers=1, dim=16, mlp_dim=32, num_layers=2
+)
+
+
+@pytest.fixture(scope="module")
+def reference():
+  with safe_open(FIXTURE, "np") as f:
+    tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    meta = json.loads(f.metadata()["meta"])
+  weights = {name[2:]: t for name, t in tensors.items() if name.startswith("w.")}
+  return tensors, meta["cases"], weights
+
+
+@pytest.fixture(scope="module")
+def codec(reference):
+  return speech_codec.from_params(TINY, speech_codec_names.from_torch(reference[2]))
+
+
+@pytest.mark.parametrize("case", "abc")
+def test_equals_the_reference(reference, codec, case):
+  tensors, cases, _ = reference
+  condition = cases[case]["bandwidth_id"]
+  wav = tensors[f"{case}.in.wav"]
+  latents, codes = nnx.jit(lambda c, w: (c.latents(w), c.encode(w)))(codec, wav)
+  np.testing.assert_allclose(latents.swapaxes(1, 2), tensors[f"{case}.out.emb"], atol=1e-5)
+  np.testing.assert_array_equal(codes, tensors[f"{case}.out.codes"][0])
+  out = nnx.jit(lambda c, k: c.decode(k, condition))(codec, codes)
+  np.testing.assert_allclose(out, tensors[f"{case}.out.wav"], atol=1e-5)
+
+
+def test_unknown_encoder_tensor_is_named(reference):
+  name = "feature_extractor.encodec.encoder.model.2.alpha"
+  with pytest.raises(ValueError, match="model.2.alpha"):
+    speech_codec_names.from_torch(reference[2] | {name: np.zeros(1)})
+
+
+def test_released_size():
+  config = speech_codec.PRESETS["wavtokenizer"]
+  codec = nnx.eval_shape(lambda: speech_codec.SpeechCodec(config, rngs=nnx.Rngs(0)))
+  sizes = {
+    name: sum(x.size for x in jax.tree.leaves(nnx.state(part)))
+    for name, part in {"encoder": codec.encoder, "decoder": codec.decoder}.items()
+  }
+  weight_norm_gains = 2_704  # one per output channel of every SEANet convolution, folded away
+  second_biases = 2 * 4 * 512  # of the two LSTM layers, folded away too
+  assert sizes["encoder"] + second_biases + weight_norm_gains == 8_303_104
+  assert sizes["decoder"] == 61_961_472 + 1_847_138
+
+
+@pytest.mark.parametrize("samples", [1, 399, 400, 401, 4000])
+def test_small_preset_takes_any_length(samples):
+  graphdef, params = codec_params.init(lambda r: speech_codec.SpeechCodec(SMALL, rngs=r), 0)
+
+  @jax.jit
+  def run(params, wav):
+    codec = nnx.merge(graphdef, params)
+    codes = codec.encode(wav)
+    return codes, codec.decode(codes)
+
+  codes, wav = run(params, jnp.ones((2, samples)))
+  frames = SMALL.num_frames(samples)
+  assert codes.shape == (2, frames) and wav.shape == (2, frames * SMALL.hop)
+  assert jnp.isfinite(wav).all()
+
+
+def test_small_decoder_is_local():
+  """Without the position net a far code changes nothing, so the small codec can stream exactly."""
+  graphdef, params = codec_params.init(lambda r: speech_codec.SpeechCodec(SMALL, rngs=r), 0)
+  decode = jax.jit(lambda codes: nnx.merge(graphdef, params).decode(codes))
+  codes = jnp.arange(40)[None]
+  changed = decode(codes.at[0, -1].set(7)) != decode(codes)
+  reach = 3 + SMALL.num_layers * 3 + SMALL.n_fft // (2 * SMALL.hop)
+  assert changed.any() and not changed[0, : (39 - reach) * SMALL.hop].any()
+
+
+def test_wrong_shapes_are_named(codec):
+  with pytest.raises(ValueError, match=r"\[B, n\] with n >= 1"):
+    codec.encode(jnp.zeros((1, 0)))
+  with pytest.raises(ValueError, match=r"\[B, L\] with L >= 1"):
+    codec.decode(jnp.zeros(5, jnp.int32))
+  with pytest.raises(ValueError, match="do not multiply"):
+    dataclasses.replace(TINY, hop=601)
+  with pytest.raises(ValueError, match="not a multiple of 600"):
+    dataclasses.replace(TINY, n_fft=1024)
+  with pytest.raises(ValueError, match="codebook"):
+    params = speech_codec.to_params(codec)
+    speech_codec.from_params(TINY, {k: v for k, v in params.items() if k != "codebook"})
