@@ -79,7 +79,9 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
 
 def weight(init: nnx.Initializer, *names: str | None) -> nnx.Initializer:
   """Returns an initialiser whose parameter carries the mesh axes of its logical names."""
-  return nnx.with_partitioning(init, tuple(None if n is None else RULES[n] for n in names))
+  axes = tuple(None if n is None else RULES[n] for n in names)
+  # Placed by the `out_shardings` of the jitted initialisation, not one by one.
+  return nnx.with_partitioning(init, axes, eager_sharding=False)
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:

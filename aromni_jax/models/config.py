@@ -23,6 +23,8 @@ class DecoderConfig:
     num_layers, num_heads, num_kv_heads, head_dim: attention; query heads share the key heads.
     rope_theta: base of the rotary angles.
     norm_eps: epsilon of the RMS norms; the q/k norms have 1e-5, as the released model.
+    per_head_norm: whether each head has its own q/k norm, as mainline Hugging Face checkpoints can
+      have, or all heads share one, as the released model does.
     norm_placement: "pre", or "swin": norms act on the branches' outputs (AR-Omni section 3).
     dtype, param_dtype: of computation and of parameters.
     remat_policy: what the backward pass recomputes: "none" nothing, "dots" all but the products
@@ -41,6 +43,7 @@ class DecoderConfig:
   head_dim: int = 128
   rope_theta: float = 10_000.0
   norm_eps: float = 1e-5
+  per_head_norm: bool = False
   norm_placement: str = "pre"
   dtype: str = "bfloat16"
   param_dtype: str = "float32"
@@ -68,7 +71,9 @@ class DecoderConfig:
   def num_params(self) -> int:
     """Parameters of the decoder with embedding and head."""
     attention = 2 * self.embed_dim * self.head_dim * (self.num_heads + self.num_kv_heads)
-    layer = attention + 3 * self.embed_dim * self.mlp_dim + 2 * self.embed_dim + 4 * self.head_dim
+    norms = self.num_heads + self.num_kv_heads if self.per_head_norm else 2
+    layer = attention + 3 * self.embed_dim * self.mlp_dim
+    layer += 2 * self.embed_dim + 2 * norms * self.head_dim
     return self.num_layers * layer + 2 * self.vocab_size * self.embed_dim + self.embed_dim
 
   def flops_per_token(self, length: int) -> float:
@@ -82,11 +87,11 @@ PRESETS = {
   "chameleon_7b": DecoderConfig(),
   "demo": DecoderConfig(
     vocab_size=2944,
-    embed_dim=256,
-    mlp_dim=688,
+    embed_dim=192,
+    mlp_dim=512,
     num_layers=6,
-    num_heads=4,
-    num_kv_heads=4,
+    num_heads=3,
+    num_kv_heads=3,
     head_dim=64,
     dtype="float32",
     remat_policy="none",

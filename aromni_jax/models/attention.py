@@ -1,0 +1,122 @@
+"""One attention function, three backends, equal results.
+
+"xla" runs everywhere, "splash" is the TPU kernel, "cudnn" the GPU one; "auto" chooses by platform
+and shape.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+_MASKED = -1e30
+
+
+def attention(
+  q: Array,
+  k: Array,
+  v: Array,
+  *,
+  segment_ids: Array | None = None,
+  backend: str = "auto",
+) -> Array:
+  """Causal attention inside segments.
+
+  Args:
+    q: [B, T, N, H]; scaled by H ** -0.5 here.
+    k, v: [B, T, K, H]; N is a multiple of K, and query head n sees key head n // (N // K).
+    segment_ids: int32[B, T]; positions see earlier positions of their own segment. None is one
+      segment.
+    backend: "auto", "xla", "splash" or "cudnn".
+
+  Returns:
+    [B, T, N, H] in q's dtype. Softmax is computed in float32.
+  """
+  if backend == "auto":
+    backend = _choose(q)
+  if backend == "splash":
+    return _splash(q, k, v, segment_ids)
+  if backend == "cudnn":
+    return _cudnn(q, k, v, segment_ids)
+  length = q.shape[1]
+  mask = jnp.tril(jnp.ones((length, length), bool))[None]
+  if segment_ids is not None:
+    mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+  return masked_attention(q, k, v, mask)
+
+
+def masked_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
+  """Attention under an explicit mask: what the XLA backend and the cached step use.
+
+  Args:
+    q: [B, T, N, H]. k, v: [B, S, K, H]. mask: bool[B, T, S], True where a query sees a key.
+  """
+  batch, length, heads, head_dim = q.shape
+  q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], head_dim)
+  scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+  scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, _MASKED)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(batch, length, heads, head_dim)
+
+
+def _choose(q: Array) -> str:
+  platform = jax.default_backend()
+  _, length, _, head_dim = q.shape
+  if platform == "tpu" and length % 128 == 0 and head_dim % 64 == 0:
+    return "splash"
+  if platform == "gpu" and q.dtype == jnp.bfloat16 and head_dim <= 128:
+    return "cudnn"
+  return "xla"
+
+
+def _cudnn(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+  mask = None
+  if segment_ids is not None:
+    mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+
+
+def _splash(
+  q: Array, k: Array, v: Array, segment_ids: Array | None, *, interpret: bool = False
+) -> Array:
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+
+  heads, kv_heads = q.shape[2], k.shape[2]
+  k, v = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (k, v))
+  q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+  run = _splash_kernel(heads, q.shape[2], interpret)
+  if segment_ids is None:
+    return jax.vmap(lambda *a: run(*a))(q, k, v).swapaxes(1, 2)
+  ids = kernel.SegmentIds(segment_ids, segment_ids)
+  return jax.vmap(lambda a, b, c, s: run(a, b, c, segment_ids=s))(q, k, v, ids).swapaxes(1, 2)
+
+
+@functools.lru_cache
+def _splash_kernel(heads: int, length: int, interpret: bool):
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  mask = masks.MultiHeadMask([masks.CausalMask((length, length)) for _ in range(heads)])
+  with jax.ensure_compile_time_eval():
+    return kernel.make_splash_mha(
+      mask, head_shards=1, q_seq_shards=1, interpret=interpret, block_sizes=_block_sizes(length)
+    )
+
+
+def _block_sizes(length: int):
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+
+  block = int(np.gcd(length, 512))
+  return kernel.BlockSizes(
+    block_q=block,
+    block_kv=block,
+    block_kv_compute=block,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    block_kv_dkv_compute=block,
+    block_q_dq=block,
+    block_kv_dq=block,
+  )

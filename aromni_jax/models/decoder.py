@@ -1,0 +1,275 @@
+"""The decoder: Chameleon's Transformer (arXiv 2405.09818) with AR-Omni's swin-norm as a choice.
+
+Parameters are float32 (or `param_dtype`), computation runs in `dtype`. The head is apart from the
+stack, so that losses can apply it in blocks. Axis letters: B batch, T query length, S key length,
+N heads, K kv heads, H head_dim, D embed, F mlp, V vocabulary, L layers.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from aromni_jax.models.attention import attention, masked_attention
+from aromni_jax.models.config import DecoderConfig
+from aromni_jax.sharding import RULES, shard, weight
+
+Array = jax.Array
+
+_QK_NORM_EPSILON = 1e-5
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """Keys (after rotation) and values of all layers; slot s holds position s.
+
+  Attributes:
+    k, v: [L, B, S, K, H] in the compute dtype.
+  """
+
+  k: Array
+  v: Array
+
+  @property
+  def max_length(self) -> int:
+    return self.k.shape[2]
+
+
+def init_cache(config: DecoderConfig, batch_size: int, max_length: int) -> Cache:
+  """Returns an empty cache of `max_length` positions for `batch_size` rows."""
+  shape = (config.num_layers, batch_size, max_length, config.num_kv_heads, config.head_dim)
+  zeros = jnp.zeros(shape, config.compute_dtype)
+  return Cache(zeros, zeros)
+
+
+class RMSNorm(nnx.Module):
+  """x / sqrt(mean(x^2) + eps) in float32, cast to x's dtype, times the gain."""
+
+  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    init = weight(nnx.initializers.ones_init(), "norm")
+    self.scale = nnx.Param(init(rngs.params(), (config.embed_dim,), jnp.dtype(config.param_dtype)))
+    self.epsilon = config.norm_eps
+
+  def __call__(self, x: Array) -> Array:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+    return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class HeadNorm(nnx.Module):
+  """LayerNorm over head_dim; gain and bias are shared by the heads or one per head. [..., n, H]."""
+
+  def __init__(self, num_heads: int, config: DecoderConfig, *, rngs: nnx.Rngs):
+    shape, names = (config.head_dim,), ("head_dim",)
+    if config.per_head_norm:
+      shape, names = (num_heads, *shape), ("norm", *names)
+    dtype = jnp.dtype(config.param_dtype)
+    ones, zeros = nnx.initializers.ones_init(), nnx.initializers.zeros_init()
+    self.scale = nnx.Param(weight(ones, *names)(rngs.params(), shape, dtype))
+    self.bias = nnx.Param(weight(zeros, *names)(rngs.params(), shape, dtype))
+
+  def __call__(self, x: Array) -> Array:
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + _QK_NORM_EPSILON)
+    y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+class Linear(nnx.Module):
+  """A product with a kernel [in, out] whose axes have logical names; no bias."""
+
+  def __init__(
+    self,
+    c_in: int,
+    c_out: int,
+    names: tuple[str, str],
+    config: DecoderConfig,
+    *,
+    std: float,
+    rngs: nnx.Rngs,
+  ):
+    init = weight(nnx.initializers.normal(std), *names)
+    self.kernel = nnx.Param(init(rngs.params(), (c_in, c_out), jnp.dtype(config.param_dtype)))
+
+  def __call__(self, x: Array) -> Array:
+    return x @ self.kernel[...].astype(x.dtype)
+
+
+def rotary_angles(positions: Array, config: DecoderConfig, dtype: jnp.dtype) -> tuple[Array, Array]:
+  """Returns cos and sin [B, T, 1, H/2] of the rotary embedding, computed in float32."""
+  half = config.head_dim // 2
+  frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angles = positions[..., None, None].astype(jnp.float32) * frequencies
+  return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+  """Rotates [B, T, N, H], pairing dimension j with j + H/2 (half-split layout)."""
+  a, b = jnp.split(x, 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+class Attention(nnx.Module):
+  """Self-attention with q/k norms and rotary positions."""
+
+  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    c = self.config = config
+    q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    std, out_std = c.init_std, c.init_std / (2 * c.num_layers) ** 0.5
+    self.q = Linear(c.embed_dim, q_width, ("embed", "heads"), c, std=std, rngs=rngs)
+    self.k = Linear(c.embed_dim, kv_width, ("embed", "kv_heads"), c, std=std, rngs=rngs)
+    self.v = Linear(c.embed_dim, kv_width, ("embed", "kv_heads"), c, std=std, rngs=rngs)
+    self.out = Linear(q_width, c.embed_dim, ("heads", "embed"), c, std=out_std, rngs=rngs)
+    self.q_norm = HeadNorm(c.num_heads, c, rngs=rngs)
+    self.k_norm = HeadNorm(c.num_kv_heads, c, rngs=rngs)
+
+  def __call__(
+    self,
+    x: Array,
+    rotary: tuple[Array, Array],
+    positions: Array,
+    segment_ids: Array | None,
+    cache: tuple[Array, Array] | None,
+  ) -> tuple[Array, tuple[Array, Array] | None]:
+    c = self.config
+    batch, length, _ = x.shape
+    q = self.q(x).reshape(batch, length, c.num_heads, c.head_dim)
+    k = self.k(x).reshape(batch, length, c.num_kv_heads, c.head_dim)
+    v = self.v(x).reshape(batch, length, c.num_kv_heads, c.head_dim)
+    q = shard(rotate(self.q_norm(q), *rotary), "act_batch", "act_length", "act_heads", None)
+    k = shard(rotate(self.k_norm(k), *rotary), "act_batch", "act_length", "act_kv_heads", None)
+    v = shard(v, "act_batch", "act_length", "act_kv_heads", None)
+    if cache is None:
+      out = attention(q, k, v, segment_ids=segment_ids, backend=c.attention)
+    else:
+      rows = jnp.arange(batch)[:, None]
+      k_all, v_all = (old.at[rows, positions].set(new) for old, new in zip(cache, (k, v)))
+      cache = k_all, v_all
+      slots = jnp.arange(k_all.shape[1])
+      out = masked_attention(q, k_all, v_all, slots <= positions[..., None])
+    return self.out(out.reshape(batch, length, -1)), cache
+
+
+class MLP(nnx.Module):
+  """SwiGLU: down(silu(gate x) * up x)."""
+
+  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    c = config
+    std, out_std = c.init_std, c.init_std / (2 * c.num_layers) ** 0.5
+    self.gate = Linear(c.embed_dim, c.mlp_dim, ("embed", "mlp"), c, std=std, rngs=rngs)
+    self.up = Linear(c.embed_dim, c.mlp_dim, ("embed", "mlp"), c, std=std, rngs=rngs)
+    self.down = Linear(c.mlp_dim, c.embed_dim, ("mlp", "embed"), c, std=out_std, rngs=rngs)
+
+  def __call__(self, x: Array) -> Array:
+    h = jax.nn.silu(self.gate(x)) * self.up(x)
+    return self.down(shard(h, "act_batch", "act_length", "act_mlp"))
+
+
+class Layer(nnx.Module):
+  """Attention and MLP, each with residual. Pre-norm normalises the branches' inputs, swin-norm
+  their outputs: `h = x + norm(attention(x)); y = h + norm(mlp(h))`."""
+
+  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    self.swin = config.norm_placement == "swin"
+    self.attention_norm = RMSNorm(config, rngs=rngs)
+    self.attention = Attention(config, rngs=rngs)
+    self.mlp_norm = RMSNorm(config, rngs=rngs)
+    self.mlp = MLP(config, rngs=rngs)
+
+  def __call__(self, x, rotary, positions, segment_ids, cache):
+    x = shard(x, "act_batch", "act_length", "act_embed")
+    h = x if self.swin else self.attention_norm(x)
+    h, cache = self.attention(h, rotary, positions, segment_ids, cache)
+    x = x + (self.attention_norm(h) if self.swin else h)
+    h = self.mlp(x if self.swin else self.mlp_norm(x))
+    x = x + (self.mlp_norm(h) if self.swin else h)
+    return x, cache
+
+
+def _remat(body: Callable, policy: str) -> Callable:
+  if policy == "none":
+    return body
+  policies = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  }
+  return jax.checkpoint(body, policy=policies[policy], prevent_cse=False)
+
+
+class Decoder(nnx.Module):
+  """Token ids -> hidden states; `logits` applies the untied head."""
+
+  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    c = self.config = config
+    dtype = jnp.dtype(c.param_dtype)
+    shape = (c.vocab_size, c.embed_dim)
+    # Named so that a lookup needs no gather of the table: rows over tensor, columns over fsdp.
+    init = weight(nnx.initializers.normal(c.init_std), "vocab", "embed")
+    self.embedding = nnx.Param(init(rngs.params(), shape, dtype))
+
+    @nnx.transform_metadata(in_axes=0, out_axes=0, partition=RULES["layers"])
+    def make_layers(key: Array) -> Layer:
+      return Layer(config, rngs=nnx.Rngs(key))
+
+    self.layers = jax.vmap(make_layers)(jax.random.split(rngs.params(), c.num_layers))
+    self.norm = RMSNorm(c, rngs=rngs)
+    init = weight(nnx.initializers.normal(c.init_std), "embed", "vocab")
+    self.head = nnx.Param(init(rngs.params(), shape[::-1], dtype))
+
+  def __call__(
+    self,
+    tokens: Array,
+    positions: Array,
+    segment_ids: Array | None = None,
+    cache: Cache | None = None,
+  ) -> Array | tuple[Array, Cache]:
+    """Returns the hidden states after the final norm, [B, T, D] in the compute dtype.
+
+    Args:
+      tokens: int32[B, T].
+      positions: int32[B, T], position of each token in its sequence.
+      segment_ids: int32[B, T]; attention never crosses segments. Without a cache only.
+      cache: if given, keys and values are written to slot = position, a query at position p sees
+        slots <= p, and the result is (hidden, new cache). Rows may end in padding as long as
+        later steps overwrite its slots.
+    """
+    c = self.config
+    x = self.embedding[...][tokens].astype(c.compute_dtype)
+    rotary = rotary_angles(positions, c, c.compute_dtype)
+    graphdef, stacked = nnx.split(self.layers)
+
+    def body(x, scanned):
+      params, layer_cache = scanned
+      return nnx.merge(graphdef, params)(x, rotary, positions, segment_ids, layer_cache)
+
+    body = _remat(body, c.remat_policy if cache is None else "none")
+    caches = None if cache is None else (cache.k, cache.v)
+    if c.scan_layers:
+      x, caches = jax.lax.scan(body, x, (stacked, caches))
+    else:
+      x, caches = _unrolled(body, x, (stacked, caches), c.num_layers)
+    x = self.norm(x)
+    return x if cache is None else (x, Cache(*caches))
+
+  def logits(self, hidden: Array) -> Array:
+    """Returns float32[..., V] of hidden states [..., D]."""
+    head = self.head[...].astype(hidden.dtype)
+    return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+
+
+def _unrolled(body: Callable, x: Array, scanned, num_layers: int):
+  outputs = []
+  for i in range(num_layers):
+    x, out = body(x, jax.tree.map(lambda leaf, i=i: leaf[i], scanned))
+    outputs.append(out)
+  return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+def init_params(config: DecoderConfig, key: Array) -> tuple[nnx.GraphDef, nnx.State]:
+  """Returns the structure and the parameters of a decoder; call it under jit to have the
+  parameters born sharded."""
+  return nnx.split(Decoder(config, rngs=nnx.Rngs(key)))

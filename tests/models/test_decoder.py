@@ -1,0 +1,193 @@
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors import safe_open
+
+from aromni_jax import sharding
+from aromni_jax.convert import decoder_names
+from aromni_jax.models import attention as attention_lib
+from aromni_jax.models import decoder as decoder_lib
+from aromni_jax.models.config import PRESETS, DecoderConfig
+
+PARITY = pathlib.Path(__file__).parents[1] / "fixtures/parity"
+TINY = DecoderConfig(
+  vocab_size=64,
+  embed_dim=32,
+  mlp_dim=64,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  dtype="float32",
+  remat_policy="none",
+  init_std=0.2,
+)
+
+
+@functools.cache
+def load(name):
+  with safe_open(PARITY / f"chameleon_dec_{name}.safetensors", "np") as f:
+    tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+    hf = json.loads(f.metadata()["meta"])["config"]
+  config = DecoderConfig(
+    vocab_size=hf["vocab_size"],
+    embed_dim=hf["hidden_size"],
+    mlp_dim=hf["intermediate_size"],
+    num_layers=hf["num_hidden_layers"],
+    num_heads=hf["num_attention_heads"],
+    num_kv_heads=hf["num_key_value_heads"],
+    head_dim=hf["hidden_size"] // hf["num_attention_heads"],
+    norm_placement="swin" if hf["swin_norm"] else "pre",
+    dtype="float32",
+    per_head_norm=True,
+  )
+  weights = {key[2:]: t for key, t in tensors.items() if key.startswith("w.")}
+  params = decoder_names.from_hf(weights, config.head_dim)
+  graphdef, state = nnx.split(nnx.eval_shape(lambda: decoder_lib.Decoder(config, rngs=nnx.Rngs(0))))
+  nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, params))
+  return tensors, config, nnx.merge(graphdef, state)
+
+
+@nnx.jit
+def forward(decoder, tokens, positions, segment_ids=None):
+  hidden = decoder(tokens, positions, segment_ids)
+  return hidden, decoder.logits(hidden)
+
+
+def make(config, seed=0):
+  graphdef = nnx.graphdef(nnx.eval_shape(lambda: decoder_lib.Decoder(config, rngs=nnx.Rngs(0))))
+  params = jax.jit(lambda key: decoder_lib.init_params(config, key)[1])(jax.random.key(seed))
+  return graphdef, params
+
+
+def inputs(batch=2, length=12, seed=0):
+  tokens = jax.random.randint(jax.random.key(seed), (batch, length), 0, TINY.vocab_size)
+  return tokens, jnp.broadcast_to(jnp.arange(length), (batch, length))
+
+
+@pytest.mark.parametrize("name", ["std", "swin", "gqa"])
+def test_equals_the_reference(name):
+  ref, _, decoder = load(name)
+  mask = ref["in.attention_mask"].astype(bool)
+  positions = np.broadcast_to(np.arange(mask.shape[1]), mask.shape)
+  hidden, logits = forward(decoder, ref["in.input_ids"], positions, mask.astype(np.int32))
+  np.testing.assert_allclose(hidden[mask], ref["out.last_hidden"][mask], atol=1e-4)
+  np.testing.assert_allclose(logits[mask], ref["out.logits"][mask], atol=1e-4)
+  left = ref["in.left_attention_mask"].astype(bool)
+  _, logits = forward(
+    decoder, ref["in.left_input_ids"], ref["in.left_position_ids"], left.astype(np.int32)
+  )
+  np.testing.assert_allclose(logits[left], ref["out.left_logits"][left], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["std", "swin", "gqa"])
+def test_greedy_decoding_with_the_cache_equals_the_reference(name):
+  ref, config, decoder = load(name)
+  prompt = jnp.asarray(ref["in.prompt"])
+
+  @nnx.jit
+  def greedy(decoder):
+    cache = decoder_lib.init_cache(config, 1, 40)
+    hidden, cache = decoder(prompt, jnp.arange(8)[None], cache=cache)
+
+    def step(carry, position):
+      hidden, cache = carry
+      logits = decoder.logits(hidden[:, -1])
+      token = logits.argmax(-1)
+      out = decoder(token[:, None], position[None, None], cache=cache)
+      return out, (token[0], logits[0])
+
+    _, out = jax.lax.scan(step, (hidden[:, -1:], cache), jnp.arange(8, 40))
+    return out
+
+  tokens, logits = greedy(decoder)
+  np.testing.assert_array_equal(tokens, ref["out.greedy"][0, 8:])
+  np.testing.assert_allclose(logits, ref["out.greedy_step_logits"], atol=1e-4)
+
+
+def test_released_size():
+  config = PRESETS["chameleon_7b"]
+  decoder = nnx.eval_shape(lambda: decoder_lib.Decoder(config, rngs=nnx.Rngs(0)))
+  assert sum(x.size for x in jax.tree.leaves(nnx.state(decoder))) == 7_013_158_912
+  assert config.num_params() == 7_013_158_912
+
+
+def test_packed_samples_do_not_see_each_other():
+  graphdef, params = make(TINY)
+  tokens, _ = inputs(1, 12)
+  positions = jnp.concatenate([jnp.arange(5), jnp.arange(7)])[None]
+  segments = jnp.array([[1] * 5 + [2] * 7])
+  packed, _ = forward(nnx.merge(graphdef, params), tokens, positions, segments)
+  alone = [
+    forward(nnx.merge(graphdef, params), tokens[:, a:b], jnp.arange(b - a)[None])[0]
+    for a, b in ((0, 5), (5, 12))
+  ]
+  np.testing.assert_allclose(packed, jnp.concatenate(alone, 1), atol=1e-5)
+
+
+def gradient(config, params, graphdef):
+  tokens, positions = inputs(8)
+
+  def loss(params):
+    decoder = nnx.merge(graphdef, params)
+    return jnp.mean(decoder.logits(decoder(tokens, positions, jnp.ones_like(tokens))) ** 2)
+
+  return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize(
+  "change", [{"remat_policy": "full"}, {"remat_policy": "dots"}, {"scan_layers": False}]
+)
+def test_how_it_is_computed_changes_nothing(change):
+  graphdef, params = make(TINY)
+  other, _ = make(dataclasses.replace(TINY, **change))
+  assert graphdef != other
+  want, got = gradient(TINY, params, graphdef), gradient(TINY, params, other)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), want, got)
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)])
+def test_every_mesh_gives_the_same_gradient(mesh):
+  graphdef, params = make(TINY)
+  want = gradient(TINY, params, graphdef)
+  mesh = sharding.make_mesh(*mesh)
+  shardings = sharding.state_shardings(params, mesh)
+  with jax.set_mesh(mesh):
+    init = jax.jit(lambda key: decoder_lib.init_params(TINY, key)[1], out_shardings=shardings)
+    born = init(jax.random.key(0))  # sharded from birth, and the same numbers
+    jax.tree.map(np.testing.assert_array_equal, params, born)
+    got = gradient(TINY, born, graphdef)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), want, got)
+  kernel = born["layers"]["mlp"]["up"]["kernel"][...]
+  fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+  assert kernel.sharding.shard_shape(kernel.shape) == (2, 32 // fsdp, 64 // tensor)
+
+
+def test_splash_equals_xla():
+  """The TPU kernel in interpret mode."""
+  q, k, v = (
+    jax.random.normal(jax.random.key(i), (1, 256, heads, 128)) for i, heads in enumerate((2, 1, 1))
+  )
+  segments = jnp.array([[1] * 100 + [2] * 156])
+  want = attention_lib.attention(q, k, v, segment_ids=segments, backend="xla")
+  got = attention_lib._splash(q, k, v, segments, interpret=True)
+  np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_wrong_configs_are_named():
+  with pytest.raises(ValueError, match="model.norm_placement 'post'"):
+    dataclasses.replace(TINY, norm_placement="post")
+  with pytest.raises(ValueError, match="num_heads 4 is not a multiple"):
+    dataclasses.replace(TINY, num_kv_heads=3)
+  with pytest.raises(ValueError, match="does not cover 8 devices"):
+    sharding.make_mesh(3, 1, 1)
+  graphdef, params = make(dataclasses.replace(TINY, vocab_size=63))
+  with pytest.raises(ValueError, match="embedding"):
+    sharding.state_shardings(params, sharding.make_mesh(1, 4, 2))
