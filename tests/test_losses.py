@@ -1,0 +1,103 @@
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from aromni_jax import losses
+
+FIXTURE = pathlib.Path(__file__).parent / "fixtures/parity/aromni_losses.safetensors"
+FIRST_IMAGE, LAST_IMAGE = 4, 8195
+
+
+@pytest.fixture(scope="module")
+def reference():
+  with safe_open(FIXTURE, "np") as f:
+    return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["meta"])  # noqa: SIM118
+
+
+def released_total(ref, kind, weights, image_rows):
+  """The released total, from our functions; the shift happens here as the data transform does it."""
+  ids = ref[f"{kind}.in.input_ids"].astype(np.int32)
+  labels = ref[f"{kind}.in.labels"][:, 1:].astype(np.int32)
+  hidden = jnp.asarray(ref[f"{kind}.in.hidden"])
+  projection = {"kernel": ref["w.proj.weight"].T, "bias": ref["w.proj.bias"]}
+  codes = ids - FIRST_IMAGE
+  valid = np.pad(ref[f"{kind}.in.labels"][:, 1:] != -100, ((0, 0), (1, 0)))
+  mask = (ids >= FIRST_IMAGE) & (ids <= LAST_IMAGE) & valid & image_rows[:, None]
+
+  def total(hidden):
+    nll = losses.weighted_next_token(
+      hidden[:, :-1], ref["w.lm_head"].T, np.where(labels < 0, 0, labels), weights
+    )
+    image = losses.perceptual(hidden, projection, ref["w.table"], codes, mask, "mse")
+    return losses.ratio(*nll) + losses.ratio(*image)
+
+  return jax.jit(jax.value_and_grad(total))(hidden)
+
+
+def test_equals_the_released_pretraining_loss(reference):
+  ref, meta = reference
+  labels = ref["pre.in.labels"][:, 1:]
+  weights = (labels != -100) * np.where(ref["pre.out.tail_mask_shifted"], 2.0, 1.0)
+  rows = np.array([task == "text_to_image" for task in meta["tasks"]])
+  loss, grad = released_total(ref, "pre", weights.astype(np.float32), rows)
+  np.testing.assert_allclose(loss, ref["pre.out.loss.fp32"], rtol=1e-5)
+  np.testing.assert_allclose(grad, ref["pre.out.grad_hidden"], atol=1e-5)
+
+
+def test_equals_the_released_fine_tuning_loss(reference):
+  ref, _ = reference
+  labels = ref["sft.in.labels"][:, 1:]
+  inside = ref["sft.out.inside_mask"][:, 1:]
+  weights = (labels != -100) * np.where(inside, 3.0, 1.0)
+  loss, grad = released_total(ref, "sft", weights.astype(np.float32), np.ones(2, bool))
+  np.testing.assert_allclose(loss, ref["sft.out.loss.fp32"], rtol=1e-5)
+  np.testing.assert_allclose(grad, ref["sft.out.grad_hidden"], atol=1e-5)
+
+
+@pytest.mark.parametrize("block_size", [0, 2, 4])
+def test_blocks_equal_loops(block_size):
+  rng = np.random.default_rng(0)
+  hidden, head = rng.normal(size=(2, 8, 5)), rng.normal(size=(5, 7))
+  targets, weights = rng.integers(0, 7, (2, 8)), rng.random((2, 8))
+  want = weight_sum = 0.0
+  for b in range(2):
+    for t in range(8):
+      logits = hidden[b, t] @ head
+      want += weights[b, t] * (np.log(np.exp(logits).sum()) - logits[targets[b, t]])
+      weight_sum += weights[b, t]
+  f32 = [jnp.asarray(x, jnp.float32) for x in (hidden, head)]
+  got = losses.weighted_next_token(*f32, targets, weights.astype(np.float32), block_size)
+  np.testing.assert_allclose(got, (want, weight_sum), rtol=1e-5)
+  grads = jax.grad(
+    lambda h, w: losses.weighted_next_token(h, w, targets, weights, block_size)[0], (0, 1)
+  )
+  whole = jax.grad(lambda h, w: losses.weighted_next_token(h, w, targets, weights)[0], (0, 1))
+  for a, b in zip(grads(*f32), whole(*f32), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("distance,scale", [("squared_l2", 1.0), ("mse", 0.25)])
+def test_perceptual_equals_loops(distance, scale):
+  rng = np.random.default_rng(0)
+  hidden, table = rng.normal(size=(2, 3, 5)), rng.normal(size=(6, 4))
+  projection = {"kernel": rng.normal(size=(5, 4)), "bias": rng.normal(size=4)}
+  codes, mask = rng.integers(0, 6, (2, 3)), np.array([[1, 0, 1], [0, 0, 1]], bool)
+  want = sum(
+    np.sum((hidden[i] @ projection["kernel"] + projection["bias"] - table[codes[i]]) ** 2)
+    for i in zip(*np.nonzero(mask), strict=True)
+  )
+  cast = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (hidden, projection, table))
+  got = losses.perceptual(*cast, codes, mask, distance)
+  np.testing.assert_allclose(got, (want * scale, 3), rtol=1e-5)
+
+
+def test_bad_settings_are_named():
+  with pytest.raises(ValueError, match="loss.normaliser 'mean'"):
+    losses.LossConfig(normaliser="mean")
+  with pytest.raises(ValueError, match="block_size 3 does not divide"):
+    losses.token_losses(jnp.zeros((1, 8, 2)), jnp.zeros((2, 3)), jnp.zeros((1, 8), int), 3)
