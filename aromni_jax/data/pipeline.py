@@ -1,0 +1,231 @@
+"""From token shards to batches with Grain: mix, pack, batch.
+
+The order is a function of (seed, step) alone. Mixing and packing work on the records' lengths, so
+each process plans all rows and reads only its own; the state of the iterator is a small JSON dict.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import grain
+import numpy as np
+
+from aromni_jax.data.batch import Batch
+from aromni_jax.data.loss_weights import LossWeightConfig, loss_weights
+from aromni_jax.data.packing import pack
+from aromni_jax.data.token_shards import TokenShards
+from aromni_jax.vocabulary import TASKS, Vocabulary, task_id
+
+_ENDLESS = 2**40  # rows; Grain asks for a length
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What is read, mixed and packed.
+
+  Attributes:
+    shards: folder of token shards.
+    split: split to read.
+    sequence_length: tokens of a row.
+    mixture: task -> weight; tasks without one are left out. Empty takes all samples as they are.
+    mixture_unit: whether weights are shares of "samples" or of "tokens".
+    long_samples: what to do with a sample longer than a row: "error" or "drop".
+    window: samples that are packed together.
+    seed: seed of the order.
+    threads: reader threads of this process.
+    loss_weights: token weights.
+  """
+
+  shards: str
+  split: str = "train"
+  sequence_length: int = 512
+  mixture: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  mixture_unit: str = "tokens"
+  long_samples: str = "error"
+  window: int = 1024
+  seed: int = 0
+  threads: int = 2
+  loss_weights: LossWeightConfig = dataclasses.field(default_factory=LossWeightConfig)
+
+  def __post_init__(self):
+    for field, choices in {
+      "mixture_unit": ("samples", "tokens"),
+      "long_samples": ("error", "drop"),
+    }.items():
+      if getattr(self, field) not in choices:
+        raise ValueError(f"data.{field} {getattr(self, field)!r}; expected one of {choices}")
+    for task, weight in self.mixture.items():
+      task_id(task)
+      if weight < 0:
+        raise ValueError(f"data.mixture.{task} is {weight}; weights must be >= 0")
+
+
+class RowPlan:
+  """Rows of sample numbers, epoch after epoch.
+
+  Args:
+    lengths, tasks: of every sample.
+    config: mixture, packing and seed.
+
+  Raises:
+    ValueError: if a sample is too long, or no sample has a task of the mixture.
+  """
+
+  def __init__(self, lengths: np.ndarray, tasks: np.ndarray, config: DataConfig):
+    self.lengths, self.config = lengths, config
+    long = np.flatnonzero(lengths > config.sequence_length)
+    self.dropped = len(long)
+    if len(long) and config.long_samples == "error":
+      raise ValueError(
+        f"{len(long)} samples of {config.shards} ({config.split}) are longer than "
+        f"data.sequence_length {config.sequence_length}: record {long[0]} has {lengths[long[0]]} "
+        "tokens; raise data.sequence_length or set data.long_samples=drop"
+      )
+    fits = lengths <= config.sequence_length
+    self._pools = self._make_pools(tasks, fits)
+    if not sum(len(pool) for pool, _ in self._pools):
+      raise ValueError(f"{config.shards} ({config.split}) has no sample for data.mixture")
+    self._starts = [0]
+
+  def _make_pools(self, tasks: np.ndarray, fits: np.ndarray) -> list[tuple[np.ndarray, int]]:
+    """Sample numbers of each group and how many of them an epoch takes."""
+    mixture = {task: w for task, w in self.config.mixture.items() if w > 0}
+    if not mixture:
+      everything = np.flatnonzero(fits)
+      return [(everything, len(everything))]
+    pools = {task: np.flatnonzero(fits & (tasks == task_id(task))) for task in mixture}
+    pools = {task: pool for task, pool in pools.items() if len(pool)}
+    share = {
+      task: mixture[task]
+      / (self.lengths[pool].mean() if self.config.mixture_unit == "tokens" else 1.0)
+      for task, pool in pools.items()
+    }
+    # An epoch ends when the first task is used up; the others go on where they stopped.
+    scale = min((len(pools[task]) / share[task] for task in pools), default=0)
+    return [(pools[t], max(1, round(share[t] * scale))) for t in sorted(pools)]
+
+  @functools.lru_cache(maxsize=2)  # noqa: B019 - plans live as long as the pipeline
+  def epoch(self, number: int) -> list[list[int]]:
+    """Returns the rows of an epoch."""
+    seed = self.config.seed
+    chosen = []
+    for group, (pool, count) in enumerate(self._pools):
+      begin, taken = number * count, []
+      while len(taken) < count:  # continues through shuffled passes of the group
+        turn, at = divmod(begin + len(taken), len(pool))
+        order = np.random.default_rng([seed, group, turn]).permutation(len(pool))
+        taken += pool[order[at : at + count - len(taken)]].tolist()
+      chosen += taken
+    rng = np.random.default_rng([seed, len(TASKS), number])
+    order = [chosen[i] for i in rng.permutation(len(chosen))]
+    return pack(order, self.lengths, self.config.sequence_length, self.config.window, rng)
+
+  def row(self, number: int) -> list[int]:
+    """Returns the sample numbers of a row, counted from the beginning of the first epoch."""
+    while self._starts[-1] <= number:
+      self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
+    epoch = int(np.searchsorted(self._starts, number, side="right")) - 1
+    return self.epoch(epoch)[number - self._starts[epoch]]
+
+
+class PackedRows:
+  """Random access to the rows that one process reads, as dicts of arrays [T]."""
+
+  def __init__(
+    self,
+    shards: TokenShards,
+    config: DataConfig,
+    vocabulary: Vocabulary,
+    batch_size: int,
+    process_index: int,
+    process_count: int,
+  ):
+    if batch_size % process_count:
+      raise ValueError(f"batch_size {batch_size} is not a multiple of {process_count} processes")
+    self.shards, self.config, self.padding = shards, config, vocabulary.eos
+    self.plan = RowPlan(shards.lengths, shards.tasks, config)
+    self.plan.row(0)
+    self.batch_size, self.local = batch_size, batch_size // process_count
+    self.offset = process_index * self.local
+
+  def __len__(self) -> int:
+    return _ENDLESS
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    step, row = divmod(int(index), self.local)
+    samples = self.plan.row(step * self.batch_size + self.offset + row)
+    out = empty_row(self.config.sequence_length, self.padding)
+    at = 0
+    for segment, number in enumerate(samples, 1):
+      sample = self.shards[number]
+      n = len(sample.tokens)
+      span = slice(at, at + n)
+      out["tokens"][span] = sample.tokens
+      out["targets"][at : at + n - 1] = sample.tokens[1:]
+      out["loss_weights"][span] = loss_weights(
+        n, sample.task, sample.response_start, self.config.loss_weights
+      )
+      out["positions"][span] = np.arange(n)
+      out["segment_ids"][span] = segment
+      out["task_ids"][span] = task_id(sample.task)
+      at += n
+    return out
+
+
+def empty_row(length: int, padding: int) -> dict[str, np.ndarray]:
+  """Returns a row of padding, a dict of the fields of `Batch`."""
+  row = {f.name: np.zeros(length, np.int32) for f in dataclasses.fields(Batch)}
+  row["loss_weights"] = np.zeros(length, np.float32)
+  row["tokens"][:] = row["targets"][:] = padding
+  return row
+
+
+class TrainIterator:
+  """Endless batches of this process; `get_state` and `set_state` are exact."""
+
+  def __init__(self, dataset: grain.IterDataset):
+    self._iterator = iter(dataset)
+
+  def __iter__(self) -> "TrainIterator":
+    return self
+
+  def __next__(self) -> Batch:
+    return Batch(**next(self._iterator))
+
+  def get_state(self) -> dict[str, Any]:
+    """Returns a JSON-ready dict: the position after the batches handed out so far."""
+    return self._iterator.get_state()
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes to where `get_state` was called."""
+    self._iterator.set_state(state)
+
+
+def make_train_iterator(
+  config: DataConfig,
+  vocabulary: Vocabulary,
+  *,
+  batch_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  codecs: Mapping[str, str] | None = None,
+) -> TrainIterator:
+  """Returns the iterator over this process's part of every batch, [batch_size / processes, T].
+
+  Args:
+    config: what is read.
+    vocabulary: the model's id space.
+    batch_size: rows of a step over all processes.
+    process_index, process_count: which part this process reads.
+    codecs: name -> fingerprint that the shards must have been made with.
+
+  Raises:
+    ValueError, FileNotFoundError: see `TokenShards`, `RowPlan`; or if the batch cannot be divided.
+  """
+  shards = TokenShards(config.shards, config.split, vocabulary, codecs)
+  rows = PackedRows(shards, config, vocabulary, batch_size, process_index, process_count)
+  options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=8 * config.threads)
+  dataset = grain.MapDataset.source(rows).to_iter_dataset(options)
+  return TrainIterator(dataset.batch(batch_size // process_count))

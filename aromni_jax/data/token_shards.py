@@ -1,0 +1,203 @@
+"""Token shards: tokenised samples as a TFDS data set in ArrayRecord files, with a manifest.
+
+`DIR/manifest.json` says what the tokens mean (vocabulary, fingerprints of the codecs, recipe) and
+counts them; `DIR/<split>.npz` holds the length and task of every record, so that packing needs no
+reading; `DIR/token_samples/1.0.0/` is the data set itself.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from aromni_jax.prompts import Sample
+from aromni_jax.vocabulary import TASKS, Vocabulary, task_id
+
+_MANIFEST = "manifest.json"
+
+
+class TokenSamples(tfds.core.GeneratorBasedBuilder):
+  """Writes samples that are handed over; `write` is the entry."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def __init__(self, splits: Mapping[str, Iterable[Sample]], **options):
+    self._splits = splits
+    super().__init__(file_format="array_record", **options)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    features = {
+      "tokens": tfds.features.Tensor(
+        shape=(None,), dtype=np.int32, encoding=tfds.features.Encoding.BYTES
+      ),
+      "task": np.int32,
+      "response_start": np.int32,
+      "key": tfds.features.Text(),
+    }
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+  def _split_generators(self, dl_manager):
+    del dl_manager
+    return {name: self._generate_examples(samples) for name, samples in self._splits.items()}
+
+  def _generate_examples(self, samples):
+    for sample in samples:
+      yield f"{sample.task}/{sample.key}", {
+        "tokens": sample.tokens,
+        "task": task_id(sample.task),
+        "response_start": sample.response_start,
+        "key": sample.key,
+      }
+
+
+def write(
+  directory: str | os.PathLike,
+  splits: Mapping[str, Iterable[Sample]],
+  vocabulary: Vocabulary,
+  metadata: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Writes a data set; the directory appears only once it is whole.
+
+  Args:
+    directory: must not exist yet.
+    splits: name -> samples; keys are unique within a task.
+    vocabulary: id space of the tokens.
+    metadata: further entries of the manifest (codec fingerprints, recipe ...).
+
+  Returns:
+    The manifest.
+
+  Raises:
+    FileExistsError: if the directory exists.
+    ValueError: for an empty split.
+  """
+  directory = pathlib.Path(directory).absolute()
+  if directory.exists():
+    raise FileExistsError(f"{directory} exists; remove it or name another folder")
+  partial = directory.with_name(directory.name + ".partial")
+  shutil.rmtree(partial, ignore_errors=True)
+  TokenSamples(splits, data_dir=str(partial)).download_and_prepare()
+  shutil.rmtree(partial / "downloads", ignore_errors=True)
+  manifest = {
+    "vocabulary": vocabulary.to_dict(),
+    "vocabulary_fingerprint": vocabulary.fingerprint(),
+    **metadata,
+    "splits": {},
+  }
+  for name in splits:
+    source = _open(partial, name)
+    if not len(source):
+      raise ValueError(f"split {name!r} of {directory} is empty; nothing was written")
+    lengths = np.array([len(r["tokens"]) for r in source], np.int32)
+    tasks = np.array([r["task"] for r in source], np.int8)
+    np.savez(partial / f"{name}.npz", length=lengths, task=tasks)
+    counts = Counter(tasks.tolist())
+    manifest["splits"][name] = {
+      "samples": len(lengths),
+      "tokens": int(lengths.sum()),
+      "longest": int(lengths.max()),
+      "samples_of_task": {TASKS[t]: counts[t] for t in sorted(counts)},
+      "tokens_of_task": {TASKS[t]: int(lengths[tasks == t].sum()) for t in sorted(counts)},
+    }
+  (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+  partial.rename(directory)
+  return manifest
+
+
+class TokenShards:
+  """One split, by record number.
+
+  Attributes:
+    manifest: contents of manifest.json.
+    lengths: int32[n], tokens of every record.
+    tasks: int8[n], task ids.
+
+  Args:
+    directory: what `write` made.
+    split: its name.
+    vocabulary: the id space that the model uses.
+    codecs: name -> fingerprint of codecs that must agree with the manifest's.
+
+  Raises:
+    FileNotFoundError: if there is no manifest or no such split.
+    ValueError: if the shards were made with another vocabulary or codec, or are damaged.
+  """
+
+  def __init__(
+    self,
+    directory: str | os.PathLike,
+    split: str,
+    vocabulary: Vocabulary,
+    codecs: Mapping[str, str] | None = None,
+  ):
+    self.directory, self.split = pathlib.Path(directory), split
+    self.manifest = read_manifest(directory)
+    if split not in self.manifest["splits"]:
+      raise FileNotFoundError(
+        f"{directory} has no split {split!r}; it has {', '.join(self.manifest['splits'])}"
+      )
+    wanted = {"vocabulary": vocabulary.fingerprint(), **(codecs or {})}
+    for name, fingerprint in wanted.items():
+      found = self.manifest.get(f"{name}_fingerprint")
+      if found != fingerprint:
+        raise ValueError(
+          f"{directory} was made with {name} {found}, but the model has {fingerprint}; "
+          "tokenise again with this model's files (python -m data_pipelines.tokenize)"
+        )
+    index = np.load(self.directory / f"{split}.npz")
+    self.lengths, self.tasks = index["length"], index["task"]
+    try:
+      self._source = _open(self.directory, split)
+    except Exception as e:
+      raise ValueError(f"the ArrayRecord files of {directory} cannot be opened: {e}") from e
+    if len(self._source) != len(self.lengths):
+      raise ValueError(
+        f"{directory}: split {split!r} holds {len(self._source)} records, its index "
+        f"{len(self.lengths)}; the files are damaged or mixed, tokenise again"
+      )
+
+  def __len__(self) -> int:
+    return len(self.lengths)
+
+  def __getitem__(self, index: int) -> Sample:
+    try:
+      record = self._source[int(index)]
+    except Exception as e:
+      raise ValueError(
+        f"record {index} of split {self.split!r} in {self.directory} cannot be read; "
+        f"the ArrayRecord file is damaged, tokenise again ({e})"
+      ) from e
+    tokens = np.asarray(record["tokens"], np.int32)
+    if len(tokens) != self.lengths[index]:
+      raise ValueError(
+        f"record {index} of split {self.split!r} in {self.directory} has {len(tokens)} tokens, its "
+        f"index says {self.lengths[index]}; the files are damaged or mixed, tokenise again"
+      )
+    return Sample(
+      tokens, TASKS[record["task"]], int(record["response_start"]), record["key"].decode()
+    )
+
+  def __iter__(self) -> Iterator[Sample]:
+    return (self[i] for i in range(len(self)))
+
+
+def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
+  """Returns the manifest. Raises FileNotFoundError, saying how shards are made."""
+  path = pathlib.Path(directory) / _MANIFEST
+  if not path.is_file():
+    raise FileNotFoundError(
+      f"{directory} holds no token shards (no {_MANIFEST}); make them with "
+      "python -m data_pipelines.tokenize"
+    )
+  return json.loads(path.read_text())
+
+
+def _open(directory: pathlib.Path, split: str):
+  builder = tfds.builder_from_directory(str(directory / "token_samples" / "1.0.0"))
+  return builder.as_data_source(split)

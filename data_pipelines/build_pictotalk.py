@@ -1,0 +1,23 @@
+"""Builds PictoTalk: `python -m data_pipelines.build_pictotalk --data_dir=DIR --config=base`.
+
+About two minutes for the base set on two cores; returns at once if the set is there.
+"""
+
+from absl import app, flags, logging
+
+from aromni_jax import pictotalk
+from data_pipelines import picto_talk
+
+_DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of the TFDS data sets.")
+_CONFIG = flags.DEFINE_enum("config", "base", pictotalk.PRESETS, "Which set to build.")
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  builder = picto_talk.build(_DATA_DIR.value, _CONFIG.value)
+  for name, split in builder.info.splits.items():
+    logging.info("%s: %d captions", name, split.num_examples)
+
+
+if __name__ == "__main__":
+  app.run(main)
