@@ -35,7 +35,7 @@ def synthesise(voice: str, texts: Sequence[str]) -> list[np.ndarray]:
   Raises:
     ValueError: for a voice that does not exist.
     ImportError: if the `demo` extra is not installed.
-    RuntimeError: if espeak-ng fails.
+    RuntimeError: if espeak-ng fails, or a text has nothing that can be spoken.
   """
   if voice not in VOICES:
     raise ValueError(f"voice {voice!r} does not exist; expected one of {', '.join(VOICES)}")
@@ -81,7 +81,9 @@ def _speak(voice: str, texts: list[str]) -> list[np.ndarray]:
       raise RuntimeError(f"espeak-ng could not say {text!r} (status {status})")
     wav = np.concatenate(pieces).astype(np.float64)
     wav = scipy.signal.resample_poly(wav, SAMPLE_RATE, rate)
-    loud = np.nonzero(np.abs(wav) > _SILENCE)[0]
+    loud = np.flatnonzero(np.abs(wav) > _SILENCE)
+    if not len(loud):
+      raise RuntimeError(f"espeak-ng said nothing for {text!r}; expected words")
     wav = wav[max(loud[0] - _MARGIN, 0) : loud[-1] + _MARGIN]
     out.append(np.clip(np.round(wav), -32768, 32767).astype(np.int16))
   return out
