@@ -1,0 +1,260 @@
+"""Model directories: the one format of shipped, trained and converted models.
+
+`DIR/model.json` says what the parts are; `DIR/decoder`, `DIR/image_codec` and `DIR/speech_codec` are
+Orbax checkpoints of their parameters; `DIR/text.model` is the tokenizer. A directory may lack the
+decoder (what a training starts from).
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from aromni_jax import checkpoint
+from aromni_jax.codecs import image_vq, speech_codec
+from aromni_jax.codecs import params as codec_params
+from aromni_jax.codecs.text import SentencePieceText
+from aromni_jax.models import decoder as decoder_lib
+from aromni_jax.models.config import DecoderConfig
+from aromni_jax.vocabulary import Vocabulary
+
+SHIPPED = pathlib.Path(__file__).parent / "pretrained"
+CODECS = {
+  "image_codec": (image_vq.ImageVQConfig, image_vq.ImageVQ),
+  "speech_codec": (speech_codec.SpeechCodecConfig, speech_codec.SpeechCodec),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """Everything that reading and writing all modalities needs.
+
+  Attributes:
+    path: the directory. vocabulary: id space. text: text codec. image_codec, speech_codec: codecs.
+    decoder: the Transformer, or None if the directory has none yet.
+    recipe: prompt family.
+    fingerprints: "image_codec", "speech_codec" and "text" -> 16 hex digits.
+  """
+
+  path: pathlib.Path
+  vocabulary: Vocabulary
+  text: SentencePieceText
+  image_codec: image_vq.ImageVQ
+  speech_codec: speech_codec.SpeechCodec
+  decoder: decoder_lib.Decoder | None
+  recipe: str
+  fingerprints: dict[str, str]
+
+
+def load_model(directory: str | pathlib.Path | None = None) -> Model:
+  """Returns the model of a directory, the shipped one by default.
+
+  Raises:
+    FileNotFoundError: if the directory or a part of it does not exist.
+    ValueError: if a part is damaged or does not fit model.json.
+  """
+  path = pathlib.Path(directory or SHIPPED)
+  info = read_info(path)
+  vocabulary = Vocabulary.from_dict(info["vocabulary"])
+  text = SentencePieceText(path / "text.model", vocabulary)
+  decoder = load_decoder(path) if "decoder" in info else None
+  if decoder is not None and decoder.config.vocab_size != vocabulary.size:
+    raise ValueError(
+      f"{path}: the decoder has {decoder.config.vocab_size} ids, the vocabulary {vocabulary.size}"
+    )
+  return Model(
+    path=path,
+    vocabulary=vocabulary,
+    text=text,
+    image_codec=load_codec(path, "image_codec"),
+    speech_codec=load_codec(path, "speech_codec"),
+    decoder=decoder,
+    recipe=info["recipe"],
+    fingerprints={name: info[name]["fingerprint"] for name in CODECS}
+    | {"text": text.fingerprint()},
+  )
+
+
+def read_info(path: pathlib.Path) -> dict[str, Any]:
+  """Returns model.json. Raises FileNotFoundError or ValueError, naming the file."""
+  file = path / "model.json"
+  if not file.is_file():
+    raise FileNotFoundError(f"{path} is not a model directory: it has no model.json")
+  try:
+    return json.loads(file.read_text())
+  except json.JSONDecodeError as e:
+    raise ValueError(f"{file} is not JSON: {e}") from e
+
+
+def create(directory: str | pathlib.Path, vocabulary: Vocabulary, recipe: str) -> None:
+  """Starts (or goes on with) a model directory: writes vocabulary and recipe."""
+  path = pathlib.Path(directory)
+  path.mkdir(parents=True, exist_ok=True)
+  _update(path, {"vocabulary": vocabulary.to_dict(), "recipe": recipe})
+
+
+def save_codec(directory: str | pathlib.Path, name: str, codec: nnx.Module) -> None:
+  """Writes "image_codec" or "speech_codec" in bfloat16 and notes it in model.json."""
+  path = pathlib.Path(directory)
+  checkpoint.save_params(path / name, codec_params.to_params(codec), "bfloat16")
+  info = {"config": dataclasses.asdict(codec.config)}
+  info["fingerprint"] = fingerprint(info["config"], checkpoint.load_params(path / name))
+  _update(path, {name: info})
+
+
+def load_codec(directory: str | pathlib.Path, name: str) -> nnx.Module:
+  """Returns a codec.
+
+  Raises:
+    ValueError: if the parameters are not those that model.json was written for.
+  """
+  path = pathlib.Path(directory)
+  info = read_info(path).get(name)
+  if info is None:
+    raise FileNotFoundError(f"{path} has no {name}; train one with aromni train_codec")
+  config_class, module = CODECS[name]
+  config = config_class(**info["config"])
+  params = checkpoint.load_params(path / name)
+  if fingerprint(info["config"], params) != info["fingerprint"]:
+    raise ValueError(f"{path / name} is damaged: it does not have the fingerprint of model.json")
+  return codec_params.from_params(lambda rngs: module(config, rngs=rngs), params, name)
+
+
+def save_decoder(directory: str | pathlib.Path, decoder: nnx.Module, dtype: str) -> None:
+  """Writes the decoder in a storage dtype and notes it in model.json."""
+  path = pathlib.Path(directory)
+  checkpoint.save_params(path / "decoder", codec_params.to_params(decoder), dtype)
+  _update(path, {"decoder": {"config": dataclasses.asdict(decoder.config)}})
+
+
+def load_decoder(directory: str | pathlib.Path) -> decoder_lib.Decoder:
+  """Returns the decoder of a model directory."""
+  path = pathlib.Path(directory)
+  info = read_info(path).get("decoder")
+  if info is None:
+    raise FileNotFoundError(f"{path} has no decoder; train one with aromni train")
+  config = DecoderConfig(**info["config"])
+  params = checkpoint.load_params(path / "decoder")
+  return codec_params.from_params(
+    lambda rngs: decoder_lib.Decoder(config, rngs=rngs), params, "decoder"
+  )
+
+
+def export(
+  directory: str | pathlib.Path, source: str | pathlib.Path, decoder: nnx.Module, dtype: str
+) -> None:
+  """Writes a whole model directory: the codecs, text model and recipe of `source`, a new decoder."""
+  path, source = pathlib.Path(directory), pathlib.Path(source)
+  partial = path.with_name(path.name + ".partial")
+  shutil.rmtree(partial, ignore_errors=True)
+  shutil.copytree(source, partial, ignore=shutil.ignore_patterns("decoder"))
+  save_decoder(partial, decoder, dtype)
+  shutil.rmtree(path, ignore_errors=True)
+  partial.rename(path)
+
+
+def fingerprint(config: dict[str, Any], params: dict) -> str:
+  """Returns 16 hex digits over a codec's configuration and parameters."""
+  digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+  for key, leaf in sorted(
+    (jax.tree_util.keystr(k), v) for k, v in jax.tree_util.tree_leaves_with_path(params)
+  ):
+    digest.update(key.encode() + np.asarray(leaf, np.float32).tobytes())
+  return digest.hexdigest()[:16]
+
+
+@functools.partial(nnx.jit, static_argnums=())
+def _encode_images(codec: image_vq.ImageVQ, pixels: jax.Array) -> jax.Array:
+  return codec.encode(pixels)
+
+
+@nnx.jit
+def _decode(codec: nnx.Module, codes: jax.Array) -> jax.Array:
+  return codec.decode(codes)
+
+
+@nnx.jit
+def _encode_speech(codec: speech_codec.SpeechCodec, wav: jax.Array) -> jax.Array:
+  return codec.encode(wav)
+
+
+def encode_images(codec: image_vq.ImageVQ, pictures: np.ndarray, batch_size: int = 32) -> np.ndarray:
+  """Returns the codes int32[n, image_length] of pictures, in batches of one shape.
+
+  Args:
+    codec: image codec.
+    pictures: uint8[n, H, W, 3] or float32 in [-1, 1].
+    batch_size: pictures at a time.
+  """
+  if pictures.dtype == np.uint8:
+    pictures = pictures.astype(np.float32) / 255 * 2 - 1
+  return _in_batches(lambda x: _encode_images(codec, x), pictures, batch_size)
+
+
+def decode_images(codec: image_vq.ImageVQ, codes: np.ndarray, batch_size: int = 8) -> np.ndarray:
+  """Returns pictures uint8[n, H, W, 3] of codes int32[n, image_length]."""
+  return image_vq.to_uint8(_in_batches(lambda x: _decode(codec, x), codes, batch_size))
+
+
+def encode_speech(
+  codec: speech_codec.SpeechCodec, clips: list[np.ndarray], batch_size: int = 16
+) -> list[np.ndarray]:
+  """Returns the codes int32[ceil(n / hop)] of every clip, float32[n] at the codec's rate.
+
+  Clips are padded with silence to a power of two of hops and encoded together, so few shapes are
+  compiled; a clip's codes near its end see that silence.
+  """
+  return _bucketed(
+    clips, codec.config.hop, batch_size, lambda x: _encode_speech(codec, x), np.float32, 1
+  )
+
+
+def decode_speech(
+  codec: speech_codec.SpeechCodec, codes: list[np.ndarray], batch_size: int = 8
+) -> list[np.ndarray]:
+  """Returns float32[L * hop] of every sequence of codes int32[L]."""
+  hop = codec.config.hop
+  return _bucketed(codes, 1, batch_size, lambda x: _decode(codec, x), np.int32, hop)
+
+
+def _bucketed(items, unit: int, batch_size: int, run, dtype, scale: int) -> list[np.ndarray]:
+  """Runs ragged items in batches of few shapes; results have `scale` values per unit."""
+  units = [-(-len(item) // unit) for item in items]
+  buckets: dict[int, list[int]] = {}
+  for i, n in enumerate(units):
+    buckets.setdefault(max(32, 1 << (n - 1).bit_length()), []).append(i)
+  out: list[Any] = [None] * len(items)
+  for size, members in buckets.items():
+    padded = np.zeros((len(members), size * unit), dtype)
+    for row, i in zip(padded, members, strict=True):
+      row[: len(items[i])] = items[i]
+    for i, result in zip(members, _in_batches(run, padded, batch_size), strict=True):
+      out[i] = result[: units[i] * scale]
+  return out
+
+
+def _in_batches(run, rows: np.ndarray, batch_size: int) -> np.ndarray:
+  """Applies `run` to batches of one size; the last is filled up with the first row."""
+  out = []
+  for start in range(0, len(rows), batch_size):
+    batch = rows[start : start + batch_size]
+    filler = np.repeat(rows[:1], batch_size - len(batch), axis=0)
+    result = np.asarray(run(jnp.asarray(np.concatenate([batch, filler]))))
+    out.append(result[: len(batch)])
+  return np.concatenate(out)
+
+
+def _update(path: pathlib.Path, entries: dict[str, Any]) -> None:
+  file = path / "model.json"
+  info = json.loads(file.read_text()) if file.is_file() else {}
+  partial = file.with_suffix(".partial")
+  partial.write_text(json.dumps(info | entries, indent=1) + "\n")
+  partial.rename(file)
