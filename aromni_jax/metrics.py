@@ -1,0 +1,86 @@
+"""Where a run's figures go: metrics.jsonl, TensorBoard and the log."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+
+# Peak bfloat16 FLOPs per second of a chip, from the makers' data sheets.
+_PEAK_FLOPS = {
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
+  "TPU v5": 459e12,
+  "TPU v5p": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
+  "NVIDIA A100": 312e12,
+  "NVIDIA H100": 989e12,
+  "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops() -> float | None:
+  """Returns the peak FLOPs per second of all devices, or None where no data sheet says so."""
+  kind = jax.devices()[0].device_kind
+  matches = [name for name in _PEAK_FLOPS if kind.startswith(name)]
+  return _PEAK_FLOPS[max(matches, key=len)] * jax.device_count() if matches else None
+
+
+class Writer:
+  """Writes figures of the first process; the others' calls do nothing.
+
+  Args:
+    workdir: `metrics.jsonl` and `tensorboard/` are made in it; lines after `step` are cut, so that
+      a resumed run has every step once.
+    step: the step that the run goes on from.
+  """
+
+  def __init__(self, workdir: str | os.PathLike, step: int):
+    self._active = jax.process_index() == 0
+    if not self._active:
+      return
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    if path.exists():
+      lines = path.read_text().splitlines()
+      kept = [line for line in lines if _step_of(line) <= step]
+      path.write_text("".join(line + "\n" for line in kept))
+    self._file = path.open("a")
+    self._board = tensorboardX.SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"))
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    """Writes one line of scalars."""
+    if not self._active:
+      return
+    self._file.write(json.dumps({"step": step, **values}) + "\n")
+    self._file.flush()
+    for name, value in values.items():
+      self._board.add_scalar(name, value, step)
+
+  def write_sample(self, step: int, name: str, sample: Any, sample_rate: int) -> None:
+    """Writes a generated response: text, picture and sound, whichever it has."""
+    if not self._active:
+      return
+    if sample.text:
+      self._board.add_text(name, sample.text, step)
+    if sample.image is not None:
+      self._board.add_image(name, np.asarray(sample.image), step, dataformats="HWC")
+    if sample.speech is not None:
+      wav = np.clip(sample.speech, -1, 1)[:, None]
+      self._board.add_audio(name, wav, step, sample_rate=sample_rate)
+
+  def close(self) -> None:
+    if self._active:
+      self._file.close()
+      self._board.close()
+
+
+def _step_of(line: str) -> float:
+  try:
+    return json.loads(line)["step"]
+  except (json.JSONDecodeError, KeyError):
+    return float("inf")  # a torn last line

@@ -1,0 +1,58 @@
+"""The small model on PictoTalk.
+
+  aromni train --config=configs/demo.py --workdir=runs/demo       eight minutes on two cores
+  aromni train --config=configs/demo.py:shipped --workdir=DIR     how the shipped decoder was made
+  aromni train --config=configs/demo.py:new_objects --workdir=DIR fine-tunes it on eight new objects
+  aromni train --config=configs/demo.py:tiny --workdir=DIR        seconds, to see that all works
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+ARGUMENTS = ("default", "shipped", "new_objects", "tiny")
+
+
+def get_config(argument: str = "default") -> ConfigDict:
+  if argument not in ARGUMENTS:
+    raise ValueError(f"configs/demo.py:{argument} does not exist; expected one of {ARGUMENTS}")
+  c = base.get_config()
+  c.batch_size = 8
+  c.num_steps = 100_000
+  c.max_minutes = 8.0
+  c.log_every = 20
+  c.eval_batches = 8
+  c.checkpoint_every = 200
+  m = c.model
+  m.vocab_size, m.embed_dim, m.mlp_dim = 2944, 192, 512
+  m.num_layers, m.num_heads, m.num_kv_heads, m.head_dim = 6, 3, 3, 64
+  m.dtype, m.remat_policy = "float32", "none"
+  c.data.shards = "data/tokens_base"
+  c.data.sequence_length = 512
+  # Responses carry the tasks; a text response is a few ids beside 50 to 66 of speech or picture.
+  c.data.loss_weights.prompt = 0.02
+  c.data.loss_weights.boosted = 4.0
+  c.data.loss_weights.boosted_tasks = (
+    *("image_caption", "speech_to_text", "image_to_text", "text_to_text"),
+  )
+  c.loss.perceptual_weight = 0.02
+  c.loss.normaliser = "weights"
+  c.optimizer.learning_rate = 3e-3
+  c.optimizer.schedule = "cosine"
+  c.optimizer.warmup_steps = 60
+  c.optimizer.weight_decay = 0.02
+  c.mesh.data, c.mesh.fsdp = -1, 1
+  if argument == "shipped":
+    c.max_minutes, c.num_steps = 0.0, 2200
+  if argument == "new_objects":
+    c.init_from_base = True
+    c.data.shards = "data/tokens_new_objects"
+    c.max_minutes, c.num_steps = 0.0, 150
+    c.optimizer.learning_rate, c.optimizer.warmup_steps = 1e-3, 20
+  if argument == "tiny":
+    c.data.shards = "data/tokens_tiny"
+    c.max_minutes, c.num_steps, c.batch_size = 0.0, 20, 8
+    m.embed_dim, m.mlp_dim, m.num_layers, m.num_heads, m.num_kv_heads = 32, 64, 2, 2, 2
+    m.head_dim, c.data.sequence_length, c.eval_batches = 16, 512, 1
+    c.log_every, c.checkpoint_every = 5, 10
+  return c
