@@ -1,0 +1,29 @@
+"""The console script: `aromni <job> --flags`, the same as `python -m aromni_jax.<job> --flags`."""
+
+import importlib
+import sys
+
+JOBS = {
+  "generate": "answers one request with text, a picture or speech",
+  "train": "trains a decoder from a configuration",
+  "evaluate": "measures a model on PictoTalk and writes JSON",
+  "report": "makes one HTML page of runs and evaluations",
+  "train_codec": "trains the image or the speech codec",
+}
+
+
+def main() -> None:
+  """Runs a job; only its own module, and so only its own flags, are loaded."""
+  job = sys.argv[1] if len(sys.argv) > 1 else "--help"
+  if job in ("-h", "--help"):
+    print("usage: aromni <job> --flags        aromni <job> --help lists a job's flags\n")
+    print("\n".join(f"  {name:12s} {what}" for name, what in JOBS.items()))
+    return
+  if job not in JOBS:
+    sys.exit(f"aromni: job {job!r} does not exist; expected one of {', '.join(JOBS)}")
+  sys.argv = [f"aromni {job}", *sys.argv[2:]]
+  importlib.import_module(f"aromni_jax.{job}").run()
+
+
+if __name__ == "__main__":
+  main()

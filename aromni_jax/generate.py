@@ -1,0 +1,249 @@
+"""Answers one request with text, a picture or speech.
+
+  aromni generate --task=text_to_speech --text="three lemons on gray" --out=x.wav
+  aromni generate --task=text_to_image --text="two dogs on blue" --out=x.png
+  aromni generate --task=speech_to_text --speech=x.wav
+  aromni generate --task=dialogue --speech=x.wav --out=folder
+
+--task is one of: image_caption, speech_to_text, text_to_image, text_to_speech, image_to_text,
+speech_to_image, text_to_text, dialogue, image_to_speech. Text goes to the screen; a picture or
+speech to --out (.png or .wav; a folder takes everything).
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from absl import app, flags
+from PIL import Image
+
+from aromni_jax import model_dir
+from aromni_jax.codecs import audio, image_vq
+from aromni_jax.decoding.engine import Engine
+from aromni_jax.decoding.sampling import Sampler
+from aromni_jax.model_dir import Model
+from aromni_jax.prompts import INPUTS, OUTPUTS, Parts, make_prompt, read_response
+
+# Budget of a response in ids, by what it consists of; a picture's is exact.
+_BUDGET = {"text": 64, "speech": 200}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What is asked.
+
+  Attributes:
+    task: task name. text: input text.
+    image: a path, a PIL picture or uint8[H, W, 3]. speech: a path or float32[n] at the codec's rate.
+    instruction: what to do; the task's default if None.
+  """
+
+  task: str
+  text: str | None = None
+  image: str | os.PathLike | Image.Image | np.ndarray | None = None
+  speech: str | os.PathLike | np.ndarray | None = None
+  instruction: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+  """What is answered; None where the task gives no such part.
+
+  Attributes:
+    text: reply. image: uint8[H, W, 3]. speech: float32[n] at the codec's rate.
+    transcript: what the user said (dialogue). tokens: int32[n], the generated ids.
+  """
+
+  text: str | None
+  image: np.ndarray | None
+  speech: np.ndarray | None
+  transcript: str | None
+  tokens: np.ndarray
+
+
+def make_prompts(model: Model, requests: Sequence[Request]) -> list[np.ndarray]:
+  """Returns the ids of every request's prompt, int32[n].
+
+  Raises:
+    ValueError: for a task that does not exist, or inputs that it does not take.
+    FileNotFoundError, ValueError: for pictures and sounds that cannot be read.
+  """
+  for request in requests:
+    if request.task not in INPUTS:
+      raise ValueError(f"task {request.task!r} does not exist; expected one of {', '.join(INPUTS)}")
+    given = {n for n in ("text", "image", "speech") if getattr(request, n) is not None}
+    if given != set(INPUTS[request.task]):
+      raise ValueError(
+        f"task {request.task} takes {' and '.join(INPUTS[request.task])}; "
+        f"got {' and '.join(sorted(given)) or 'nothing'}"
+      )
+  images = _encode(requests, "image", functools.partial(_encode_images, model))
+  speech = _encode(requests, "speech", functools.partial(_encode_speech, model))
+  return [
+    make_prompt(
+      request.task,
+      model.vocabulary,
+      model.text,
+      recipe=model.recipe,
+      inputs=Parts(text=request.text, image=images.get(i), speech=speech.get(i)),
+      instruction=request.instruction,
+    )
+    for i, request in enumerate(requests)
+  ]
+
+
+def generate_batch(
+  model: Model,
+  requests: Sequence[Request],
+  *,
+  seed: int = 0,
+  batch_size: int = 16,
+  samplers: Mapping[str, Sampler] | None = None,
+  max_new_tokens: int | None = None,
+) -> list[Response]:
+  """Returns the responses in the order of the requests.
+
+  Args:
+    model: what `model_dir.load_model` returns, with a decoder.
+    requests: of any tasks.
+    seed: randomness of the samplers.
+    batch_size: requests at a time.
+    samplers: "text", "speech", "image" -> sampler; greedy by default.
+    max_new_tokens: budget of a response; by default what its parts usually need.
+  """
+  if model.decoder is None:
+    raise ValueError(f"{model.path} has no decoder; train one with aromni train")
+  prompts = make_prompts(model, requests)
+  engine = Engine(model.decoder, model.vocabulary, samplers=samplers)
+  budgets = [max_new_tokens or _budget(model, r.task) for r in requests]
+  # Requests that run for about as long go together.
+  order = sorted(range(len(requests)), key=lambda i: (budgets[i], requests[i].task, i))
+  outputs: dict[int, np.ndarray] = {}
+  for start in range(0, len(order), batch_size):
+    chosen = order[start : start + batch_size]
+    rows = chosen + chosen[:1] * (min(batch_size, len(order)) - len(chosen))  # one batch shape
+    ids = engine.generate(
+      [prompts[i] for i in rows],
+      [requests[i].task for i in rows],
+      max_new_tokens=max(budgets[i] for i in rows),
+      seed=seed,
+      row_ids=rows,
+    )
+    outputs.update(zip(chosen, ids, strict=False))
+  return _decode(model, [outputs[i] for i in range(len(requests))])
+
+
+def _budget(model: Model, task: str) -> int:
+  picture = model.vocabulary.image_length + 2
+  parts = OUTPUTS[task] + (("text",) if task == "dialogue" else ())
+  return 4 + sum(picture if part == "image" else _BUDGET[part] for part in parts)
+
+
+def _decode(model: Model, outputs: list[np.ndarray]) -> list[Response]:
+  parts = [read_response(ids, model.vocabulary, model.text) for ids in outputs]
+  with_image = [i for i, p in enumerate(parts) if p.image is not None]
+  with_speech = [i for i, p in enumerate(parts) if p.speech is not None]
+  images, speech = {}, {}
+  if with_image:
+    codes = np.stack([parts[i].image for i in with_image])
+    images = dict(zip(with_image, model_dir.decode_images(model.image_codec, codes), strict=True))
+  if with_speech:
+    clips = model_dir.decode_speech(model.speech_codec, [parts[i].speech for i in with_speech])
+    speech = dict(zip(with_speech, clips, strict=True))
+  return [
+    Response(p.text, images.get(i), speech.get(i), p.transcript, ids)
+    for i, (p, ids) in enumerate(zip(parts, outputs, strict=True))
+  ]
+
+
+def _encode(requests, name: str, run) -> dict[int, np.ndarray]:
+  members = [i for i, r in enumerate(requests) if getattr(r, name) is not None]
+  if not members:
+    return {}
+  return dict(zip(members, run([getattr(requests[i], name) for i in members]), strict=True))
+
+
+def _encode_images(model: Model, images: list) -> np.ndarray:
+  pictures = [Image.fromarray(x) if isinstance(x, np.ndarray) else x for x in images]
+  resolution = model.image_codec.config.resolution
+  pixels = np.stack([image_vq.preprocess(p, resolution) for p in pictures])
+  return model_dir.encode_images(model.image_codec, pixels, batch_size=min(32, len(pixels)))
+
+
+def _encode_speech(model: Model, clips: list) -> list[np.ndarray]:
+  rate = model.speech_codec.config.sample_rate
+  wavs = [x if isinstance(x, np.ndarray) else audio.read_audio(x, rate) for x in clips]
+  return model_dir.encode_speech(model.speech_codec, wavs, batch_size=min(16, len(wavs)))
+
+
+_TASK = flags.DEFINE_enum("task", None, list(INPUTS), "What to do.")
+_TEXT = flags.DEFINE_string("text", None, "Input text.")
+_IMAGE = flags.DEFINE_string("image", None, "Input picture, any format that Pillow reads.")
+_SPEECH = flags.DEFINE_string("speech", None, "Input sound, any format that libsndfile reads.")
+_INSTRUCTION = flags.DEFINE_string("instruction", None, "What to do, in words; optional.")
+_OUT = flags.DEFINE_string("out", None, "File (.png, .wav, .txt) or folder for the response.")
+_MODEL = flags.DEFINE_string("model", None, "Model directory; the shipped one if none.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the samplers.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest ids.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Share of the probability mass that is sampled from.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "Budget of the response in ids.")
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments {argv[1:]}")
+  _check_out(_TASK.value, _OUT.value)
+  request = Request(_TASK.value, _TEXT.value, _IMAGE.value, _SPEECH.value, _INSTRUCTION.value)
+  sampler = Sampler(_TEMPERATURE.value, _TOP_P.value)
+  try:
+    model = model_dir.load_model(_MODEL.value)
+    (response,) = generate_batch(
+      model,
+      [request],
+      seed=_SEED.value,
+      samplers={name: sampler for name in ("text", "speech", "image")},
+      max_new_tokens=_MAX_NEW_TOKENS.value,
+    )
+  except (ValueError, OSError) as e:
+    raise app.UsageError(str(e)) from e
+  for label, text in (("heard: ", response.transcript), ("", response.text)):
+    if text is not None:
+      print(label + text)
+  if _OUT.value:
+    write_response(response, pathlib.Path(_OUT.value), model.speech_codec.config.sample_rate)
+
+
+def _check_out(task: str, out: str | None) -> None:
+  """Fails before anything is computed if the response could not be kept."""
+  media = {"image": ".png", "speech": ".wav"}
+  needed = [media[part] for part in OUTPUTS[task] if part in media]
+  suffix = pathlib.Path(out).suffix if out else None
+  if needed and out is None:
+    raise app.UsageError(f"--out is missing: {task} gives a {' and a '.join(needed)} file")
+  if suffix and (len(needed) > 1 or (needed and suffix != needed[0])):
+    wanted = "a folder" if len(needed) > 1 else f"a {needed[0]} file or a folder"
+    raise app.UsageError(f"--out={out}: {task} needs {wanted}")
+
+
+def write_response(response: Response, out: pathlib.Path, sample_rate: int) -> None:
+  """Writes the parts of a response to a file of the right suffix, or all into a folder."""
+  folder = not out.suffix
+  (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
+  if response.text is not None and (folder or out.suffix == ".txt"):
+    (out / "text.txt" if folder else out).write_text(response.text + "\n")
+  if response.image is not None:
+    Image.fromarray(response.image).save(out / "image.png" if folder else out)
+  if response.speech is not None:
+    audio.write_wav(out / "speech.wav" if folder else out, response.speech, sample_rate)
+
+
+def run() -> None:
+  flags.mark_flag_as_required("task")
+  app.run(main)
+
+
+if __name__ == "__main__":
+  run()
