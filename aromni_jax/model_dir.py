@@ -6,7 +6,6 @@ decoder (what a training starts from).
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
@@ -171,7 +170,7 @@ def fingerprint(config: dict[str, Any], params: dict) -> str:
   return digest.hexdigest()[:16]
 
 
-@functools.partial(nnx.jit, static_argnums=())
+@nnx.jit
 def _encode_images(codec: image_vq.ImageVQ, pixels: jax.Array) -> jax.Array:
   return codec.encode(pixels)
 

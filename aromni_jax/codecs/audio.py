@@ -57,7 +57,8 @@ def resample(wav: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
   old, new = from_rate // divisor, to_rate // divisor
   cutoff = min(old, new) * _ROLLOFF
   width = math.ceil(_ZEROS * old / cutoff)
-  t = np.arange(-width, width + old) / old - np.arange(new)[:, None] / new
+  phase = np.arange(new, dtype=np.float32) / np.float32(new)  # the reference rounds it to float32
+  t = np.arange(-width, width + old) / old - phase[:, None].astype(np.float64)
   t = np.clip(t * cutoff, -_ZEROS, _ZEROS)
   kernels = np.sinc(t) * np.cos(t * np.pi / _ZEROS / 2) ** 2 * cutoff / old  # [new, 2 width + old]
   padded = np.pad(wav.astype(np.float64), (width, width + old))

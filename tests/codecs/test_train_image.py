@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from aromni_jax import pictotalk
-from aromni_jax.codecs import image_scenes, image_vq, train_image
+from aromni_jax.codecs import image_scenes, image_vq, train_image, training
 
 MODEL = image_vq.ImageVQConfig(
   resolution=64,
@@ -17,7 +17,7 @@ MODEL = image_vq.ImageVQConfig(
   n_embed=16,
   num_groups=4,
 )
-CONFIG = train_image.ImageTrainingConfig(
+CONFIG = training.CodecTrainingConfig(
   num_steps=6,
   batch_size=2,
   warmup_steps=1,
@@ -33,6 +33,11 @@ def source(seed=0):
   return image_scenes.SceneSource(captions, batch_size=2, augment_share=0.5, seed=seed, glyphs=8)
 
 
+def fit(batch_at, workdir, config=CONFIG):
+  task = train_image.make_task(MODEL, batch_at, held_out=source(9)(0))
+  return training.fit(task, config, workdir)
+
+
 def test_pictures_are_a_function_of_seed_and_step():
   first = source()(3)
   assert first.shape == (2, 64, 64, 3) and first.dtype == np.uint8
@@ -41,32 +46,30 @@ def test_pictures_are_a_function_of_seed_and_step():
 
 
 def test_stopped_training_goes_on_as_if_never_stopped(tmp_path):
-  batches, held_out = source(), source(9)(0)
-
-  def fit(folder, batch_at):
-    return train_image.fit(MODEL, CONFIG, tmp_path / folder, batch_at=batch_at, held_out=held_out)
+  batches = source()
 
   def power_cut(step):
     if step == 5:
       raise KeyboardInterrupt
     return batches(step)
 
-  whole = image_vq.to_params(fit("whole", batches))
+  whole = image_vq.to_params(fit(batches, tmp_path / "whole"))
   with pytest.raises(KeyboardInterrupt):
-    fit("cut", power_cut)
+    fit(power_cut, tmp_path / "cut")
   seen = []
-  resumed = fit("cut", lambda step: seen.append(step) or batches(step))
+  resumed = fit(lambda step: seen.append(step) or batches(step), tmp_path / "cut")
   assert seen == [3, 4, 5]  # from the checkpoint at step 3
   jax.tree.map(np.testing.assert_array_equal, whole, image_vq.to_params(resumed))
 
 
 def test_loss_falls(tmp_path):
   config = dataclasses.replace(CONFIG, num_steps=20, learning_rate=5e-3)
-  graphdef, state = train_image.init_state(MODEL, config)
-  step = jax.jit(train_image.train_step, static_argnames=("graphdef", "config"))
+  task = train_image.make_task(MODEL, source(), held_out=source(9)(0))
+  graphdef, state = training.init_state(task, config)
+  step = jax.jit(training.train_step, static_argnames=("graphdef", "task", "config"))
   losses = []
   for _ in range(20):
-    state, metrics = step(state, source()(0), graphdef=graphdef, config=config)
+    state, metrics = step(state, source()(0), graphdef=graphdef, task=task, config=config)
     losses.append(float(metrics["l1"]))
   assert losses[-1] < 0.8 * losses[0]
 
@@ -74,4 +77,4 @@ def test_loss_falls(tmp_path):
 def test_non_finite_loss_stops_and_keeps_the_checkpoint(tmp_path):
   config = dataclasses.replace(CONFIG, learning_rate=float("nan"), checkpoint_every=1)
   with pytest.raises(FloatingPointError, match="loss is nan at step 2"):
-    train_image.fit(MODEL, config, tmp_path, batch_at=source(), held_out=source(9)(0))
+    fit(source(), tmp_path, config)
