@@ -11,13 +11,12 @@ speech to --out (.png or .wav; a folder takes everything).
 """
 
 import dataclasses
-import functools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from PIL import Image
 
 from aromni_jax import model_dir
@@ -26,6 +25,9 @@ from aromni_jax.decoding.engine import Engine
 from aromni_jax.decoding.sampling import Sampler
 from aromni_jax.model_dir import Model
 from aromni_jax.prompts import INPUTS, OUTPUTS, Parts, make_prompt, read_response
+
+# How ids are drawn by default.
+SAMPLERS = {"text": Sampler(), "speech": Sampler(), "image": Sampler()}
 
 # Budget of a response in ids, by what it consists of; a picture's is exact.
 _BUDGET = {"text": 64, "speech": 200}
@@ -80,8 +82,8 @@ def make_prompts(model: Model, requests: Sequence[Request]) -> list[np.ndarray]:
         f"task {request.task} takes {' and '.join(INPUTS[request.task])}; "
         f"got {' and '.join(sorted(given)) or 'nothing'}"
       )
-  images = _encode(requests, "image", functools.partial(_encode_images, model))
-  speech = _encode(requests, "speech", functools.partial(_encode_speech, model))
+  images = _encode(requests, "image", lambda x: _encode_images(model, x))
+  speech = _encode(requests, "speech", lambda x: _encode_speech(model, x))
   return [
     make_prompt(
       request.task,
@@ -101,7 +103,7 @@ def generate_batch(
   *,
   seed: int = 0,
   batch_size: int = 16,
-  samplers: Mapping[str, Sampler] | None = None,
+  samplers: Mapping[str, Sampler] = SAMPLERS,
   max_new_tokens: int | None = None,
 ) -> list[Response]:
   """Returns the responses in the order of the requests.
@@ -111,7 +113,7 @@ def generate_batch(
     requests: of any tasks.
     seed: randomness of the samplers.
     batch_size: requests at a time.
-    samplers: "text", "speech", "image" -> sampler; greedy by default.
+    samplers: "text", "speech", "image" -> sampler.
     max_new_tokens: budget of a response; by default what its parts usually need.
   """
   if model.decoder is None:
@@ -133,6 +135,8 @@ def generate_batch(
       row_ids=rows,
     )
     outputs.update(zip(chosen, ids, strict=False))
+    if len(order) > batch_size:
+      logging.log_every_n_seconds(logging.INFO, "%d of %d responses", 10, len(outputs), len(order))
   return _decode(model, [outputs[i] for i in range(len(requests))])
 
 

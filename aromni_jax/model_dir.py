@@ -185,7 +185,9 @@ def _encode_speech(codec: speech_codec.SpeechCodec, wav: jax.Array) -> jax.Array
   return codec.encode(wav)
 
 
-def encode_images(codec: image_vq.ImageVQ, pictures: np.ndarray, batch_size: int = 32) -> np.ndarray:
+def encode_images(
+  codec: image_vq.ImageVQ, pictures: np.ndarray, batch_size: int = 32
+) -> np.ndarray:
   """Returns the codes int32[n, image_length] of pictures, in batches of one shape.
 
   Args:

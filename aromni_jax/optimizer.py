@@ -31,9 +31,7 @@ class OptimizerConfig:
 
   def __post_init__(self):
     if self.schedule not in ("cosine", "linear", "constant"):
-      raise ValueError(
-        f"optimizer.schedule {self.schedule!r}; expected cosine, linear or constant"
-      )
+      raise ValueError(f"optimizer.schedule {self.schedule!r}; expected cosine, linear or constant")
 
 
 def learning_rate(config: OptimizerConfig, step: int, progress: float) -> float:

@@ -13,6 +13,8 @@ import io
 import numpy as np
 from PIL import Image
 
+from aromni_jax.prompts import WORDINGS
+
 RESOLUTION = 64
 COUNTS = ("one", "two", "three", "four")
 COLOURS = {
@@ -156,6 +158,17 @@ def captions(preset: str = "base", split: str | None = None) -> list[Caption]:
     objects, colours = objects[:4], colours[:4]
   items = (Caption(n, o, c) for o in objects for c in colours for n in range(1, len(COUNTS) + 1))
   return [item for item in items if split in (None, item.split)]
+
+
+def questions(caption: Caption) -> dict[str, tuple[str, str]]:
+  """Returns the questions of image_to_text and text_to_text: kind -> (question, answer)."""
+  answers = {
+    "count": COUNTS[caption.count - 1],
+    "object": caption.object,
+    "colour": caption.colour,
+  }
+  asked = zip(WORDINGS["image_to_text"], answers.items(), strict=True)
+  return {kind: (question, answer) for question, (kind, answer) in asked}
 
 
 def glyph(name: str, size: int) -> np.ndarray:

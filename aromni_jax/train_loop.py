@@ -133,7 +133,9 @@ class _Run:
     """The newest checkpoint, or the base model's decoder, or random parameters."""
     if checkpoints.latest_step is not None:
       abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.abstract, self.shardings
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        self.abstract,
+        self.shardings,
       )
       state, position = checkpoints.restore(abstract, self._saved_config())
       data.set_state(position)
@@ -144,7 +146,9 @@ class _Run:
       if self.base.decoder is None:
         raise ValueError(f"config.init_from_base: {self.base.path} has no decoder to start from")
       theirs = nnx.state(self.base.decoder)
-      want, have = (jax.tree.map(jnp.shape, nnx.to_pure_dict(s)) for s in (state.params["decoder"], theirs))
+      want, have = (
+        jax.tree.map(jnp.shape, nnx.to_pure_dict(s)) for s in (state.params["decoder"], theirs)
+      )
       if want != have:
         raise ValueError(
           f"config.model does not fit the decoder of {self.base.path}: {self.base.decoder.config}"

@@ -65,7 +65,9 @@ def init_state(
   bound = model.embed_dim**-0.5  # PyTorch's default of a linear layer, as the released code has it
   kernel_key, bias_key = jax.random.split(projection_key)
   projection = {
-    "kernel": jax.random.uniform(kernel_key, (model.embed_dim, table_dim), minval=-bound, maxval=bound),
+    "kernel": jax.random.uniform(
+      kernel_key, (model.embed_dim, table_dim), minval=-bound, maxval=bound
+    ),
     "bias": jax.random.uniform(bias_key, (table_dim,), minval=-bound, maxval=bound),
   }
   params = {"decoder": decoder, "projection": projection}
@@ -152,16 +154,17 @@ def denominators(batch: Batch, config: StepConfig) -> Metrics:
   """Returns what the sums of a whole batch are divided by."""
   weighted = batch.loss_weights if config.loss.normaliser == "weights" else batch.loss_weights > 0
   _, mask = perceptual_mask(batch, config)
-  return {"next_token": jnp.sum(weighted, dtype=jnp.float32), "perceptual": jnp.sum(mask, dtype=jnp.float32)}
+  return {
+    "next_token": jnp.sum(weighted, dtype=jnp.float32),
+    "perceptual": jnp.sum(mask, dtype=jnp.float32),
+  }
 
 
 def loss_sums(params, batch: Batch, table: Array, config: StepConfig) -> Metrics:
   """Returns the sums of all losses over a (micro-)batch, in total, per modality and per task."""
   decoder = nnx.merge(config.graphdef, params["decoder"])
   hidden = decoder(batch.tokens, batch.positions, batch.segment_ids)
-  nll, log_z = losses.token_losses(
-    hidden, decoder.head[...], batch.targets, config.loss.block_size
-  )
+  nll, log_z = losses.token_losses(hidden, decoder.head[...], batch.targets, config.loss.block_size)
   sums = {"next_token": jnp.sum(batch.loss_weights * nll)}
   sums["z_loss"], _ = losses.z_loss(log_z, batch.loss_weights)
   if config.loss.perceptual_weight:

@@ -11,7 +11,9 @@ def get_config() -> ConfigDict:
   c.batch_size = 8  # rows per step, over all devices
   c.accumulate = 1  # micro-batches of a step; fewer activations, the same result
   c.num_steps = 1000  # optimiser steps
-  c.max_minutes = 0.0  # if not 0, also ends after this time, and the learning rate follows the clock
+  c.max_minutes = (
+    0.0  # if not 0, also ends after this time, and the learning rate follows the clock
+  )
   c.log_every = 10  # steps between lines of metrics
   c.eval_every = 0  # steps between validation losses; 0 is at the end only
   c.eval_batches = 4  # batches of a validation loss; 0 never computes one

@@ -1,9 +1,9 @@
 """The small model on PictoTalk.
 
-  aromni train --config=configs/demo.py --workdir=runs/demo       eight minutes on two cores
-  aromni train --config=configs/demo.py:shipped --workdir=DIR     how the shipped decoder was made
-  aromni train --config=configs/demo.py:new_objects --workdir=DIR fine-tunes it on eight new objects
-  aromni train --config=configs/demo.py:tiny --workdir=DIR        seconds, to see that all works
+aromni train --config=configs/demo.py --workdir=runs/demo       eight minutes on two cores
+aromni train --config=configs/demo.py:shipped --workdir=DIR     how the shipped decoder was made
+aromni train --config=configs/demo.py:new_objects --workdir=DIR fine-tunes it on eight new objects
+aromni train --config=configs/demo.py:tiny --workdir=DIR        seconds, to see that all works
 """
 
 from ml_collections import ConfigDict

@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from aromni_jax import model_dir, pictotalk
 from aromni_jax.data import token_shards
 from aromni_jax.model_dir import Model
-from aromni_jax.prompts import WORDINGS, Parts, Sample, make_sample
+from aromni_jax.prompts import Parts, Sample, make_sample
 
 INPUT_VOICES = ("f2", "f5", "m2")  # f3 is held out
 OUTPUT_VOICES = ("f2", "f5")  # the recogniser hears them best
@@ -99,7 +99,8 @@ def _variants(item: Item, voices, scenes):
     yield "speech_to_text", voice, Parts(speech=speech[voice]), Parts(text=caption), None
   for voice in spoken:
     yield "text_to_speech", voice, Parts(text=caption), Parts(speech=speech[voice]), None
-  for number, (question, answer) in enumerate(questions(item)):
+  scene = pictotalk.Caption(item["count"], item["object"], item["colour"])
+  for number, (question, answer) in enumerate(pictotalk.questions(scene).values()):
     image = any_of(images, number)
     yield "image_to_text", number, Parts(image=image), Parts(text=answer), question
     yield "text_to_text", number, Parts(text=caption), Parts(text=answer), question
@@ -111,16 +112,6 @@ def _variants(item: Item, voices, scenes):
       image=any_of(images, voice),
     )
     yield "dialogue", f"{voice}_{reply}", Parts(speech=speech[voice]), response, None
-
-
-def questions(item: Item) -> list[tuple[str, str]]:
-  """Returns the questions of image_to_text and text_to_text with their answers."""
-  count, thing, colour = WORDINGS["image_to_text"]
-  return [
-    (count, pictotalk.COUNTS[item["count"] - 1]),
-    (thing, item["object"]),
-    (colour, item["colour"]),
-  ]
 
 
 def tokenise(data_dir: str, config: str, out: str, model: Model) -> dict:
@@ -151,7 +142,9 @@ def tokenise(data_dir: str, config: str, out: str, model: Model) -> dict:
   fingerprints = {f"{name}_fingerprint": value for name, value in model.fingerprints.items()}
   captions = pictotalk.captions(config)
   hashes = {
-    split: hashlib.sha256("\n".join(c.text for c in captions if c.split == split).encode()).hexdigest()
+    split: hashlib.sha256(
+      "\n".join(c.text for c in captions if c.split == split).encode()
+    ).hexdigest()
     for split in pictotalk.SPLITS
   }
   metadata = {**fingerprints, "recipe": model.recipe, "source": config, "split_hashes": hashes}

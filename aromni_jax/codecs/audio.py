@@ -27,7 +27,9 @@ def read_audio(source: str | os.PathLike | bytes, sample_rate: int) -> np.ndarra
     stream = io.BytesIO(source) if isinstance(source, bytes) else name
     wav, rate = soundfile.read(stream, dtype="float32", always_2d=True)
   except (soundfile.LibsndfileError, TypeError) as e:
-    raise ValueError(f"{name} is not a sound that libsndfile reads (wav, flac, ogg ...): {e}") from e
+    raise ValueError(
+      f"{name} is not a sound that libsndfile reads (wav, flac, ogg ...): {e}"
+    ) from e
   if not len(wav):
     raise ValueError(f"sound {name} is empty")
   if not np.isfinite(wav).all():

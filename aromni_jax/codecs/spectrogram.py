@@ -40,9 +40,7 @@ def overlap_add(frames: Array, hop: int) -> Array:
   _check_multiple(size, hop)
   parts = size // hop
   pieces = frames.reshape(batch, length, parts, hop)
-  total = sum(
-    jnp.pad(pieces[:, :, i], ((0, 0), (i, parts - 1 - i), (0, 0))) for i in range(parts)
-  )
+  total = sum(jnp.pad(pieces[:, :, i], ((0, 0), (i, parts - 1 - i), (0, 0))) for i in range(parts))
   return total.reshape(batch, -1)
 
 

@@ -39,7 +39,9 @@ class SentencePieceText:
   def __init__(self, model_file: str | os.PathLike, vocabulary: Vocabulary):
     path = os.fspath(model_file)
     if not os.path.isfile(path):
-      raise FileNotFoundError(f"text model {path} does not exist; a model directory holds text.model")
+      raise FileNotFoundError(
+        f"text model {path} does not exist; a model directory holds text.model"
+      )
     with open(path, "rb") as f:
       self._bytes = f.read()
     try:

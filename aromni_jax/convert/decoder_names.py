@@ -62,7 +62,9 @@ def from_hf(tensors: dict[str, np.ndarray], head_dim: int) -> dict:
     path: np.stack([layers[i] for i in range(len(layers))]) for path, layers in per_layer.items()
   }
   norms = [path for path in stacked if "q_norm" in path or "k_norm" in path]
-  if all(stacked[path].ndim == 3 and (stacked[path] == stacked[path][:, :1]).all() for path in norms):
+  if all(
+    stacked[path].ndim == 3 and (stacked[path] == stacked[path][:, :1]).all() for path in norms
+  ):
     stacked |= {path: stacked[path][:, 0] for path in norms}
   for path, tensor in stacked.items():
     _put(params, "layers." + path, tensor)

@@ -78,7 +78,9 @@ def _rename(name: str, last: int) -> str:
   if name.startswith(_ENCODER):
     return "encoder." + _rename_encoder(name[len(_ENCODER) :], last, name)
   if name.startswith("head.out."):
-    return name.replace("head.out.weight", "decoder.head.kernel").replace("head.out.", "decoder.head.")
+    return name.replace("head.out.weight", "decoder.head.kernel").replace(
+      "head.out.", "decoder.head."
+    )
   name = name.removeprefix("backbone.").replace("final_layer_norm", "final_norm")
   name = re.sub(r"^pos_net\.5\.", "position_net.norm.", name)
   name = re.sub(r"^pos_net\.", "position_net.blocks.", name)

@@ -48,12 +48,15 @@ class TokenSamples(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, samples):
     for sample in samples:
-      yield f"{sample.task}/{sample.key}", {
-        "tokens": sample.tokens,
-        "task": task_id(sample.task),
-        "response_start": sample.response_start,
-        "key": sample.key,
-      }
+      yield (
+        f"{sample.task}/{sample.key}",
+        {
+          "tokens": sample.tokens,
+          "task": task_id(sample.task),
+          "response_start": sample.response_start,
+          "key": sample.key,
+        },
+      )
 
 
 def write(

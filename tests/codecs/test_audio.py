@@ -33,7 +33,9 @@ def test_reads_any_width_rate_and_channels(tmp_path, subtype, channels):
 def test_round_trip_through_a_file(tmp_path):
   wav = np.linspace(-1.5, 1.5, 100).astype(np.float32)
   audio.write_wav(tmp_path / "x.wav", wav, 16000)
-  np.testing.assert_allclose(audio.read_audio(tmp_path / "x.wav", 16000), wav.clip(-1, 1), atol=1e-4)
+  np.testing.assert_allclose(
+    audio.read_audio(tmp_path / "x.wav", 16000), wav.clip(-1, 1), atol=1e-4
+  )
 
 
 def test_bad_sounds_are_named(tmp_path):
