@@ -14,7 +14,7 @@ import pathlib
 
 from absl import app, flags, logging
 
-from aromni_jax import model_dir, pictotalk
+from aromni_jax import logs, model_dir, pictotalk
 from aromni_jax.evaluation import tasks
 
 _MODEL = flags.DEFINE_string("model", None, "Model directory; the shipped one if none.")
@@ -48,6 +48,7 @@ def main(argv: list[str]) -> None:
 
 
 def run() -> None:
+  logs.setup()
   flags.mark_flag_as_required("out")
   app.run(main)
 

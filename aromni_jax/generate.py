@@ -14,7 +14,7 @@ import pathlib
 
 from absl import app, flags
 
-from aromni_jax import model_dir
+from aromni_jax import logs, model_dir
 from aromni_jax.decoding.sampling import Sampler
 from aromni_jax.inference import Request, generate_batch, write_response
 from aromni_jax.prompts import INPUTS, OUTPUTS
@@ -69,6 +69,7 @@ def _check_out(task: str, out: str | None) -> None:
 
 
 def run() -> None:
+  logs.setup()
   flags.mark_flag_as_required("task")
   app.run(main)
 

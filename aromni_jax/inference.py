@@ -29,7 +29,8 @@ class Request:
 
   Attributes:
     task: task name. text: input text.
-    image: a path, a PIL picture or uint8[H, W, 3]. speech: a path or float32[n] at the codec's rate.
+    image: a path, a PIL picture or uint8[H, W, 3].
+    speech: a path or float32[n] at the codec's rate.
     instruction: what to do; the task's default if None.
   """
 

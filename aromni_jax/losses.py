@@ -1,8 +1,8 @@
 """Losses as pure functions: float32 sums with their weights, never means.
 
 Next-token prediction with token weights and perceptual alignment are those of AR-Omni (arXiv
-2601.17761, sections on weighted NTP and perceptual alignment). Paper and released code differ; every
-difference is a field of `LossConfig`, and `recipe` sets them all.
+2601.17761, sections on weighted NTP and perceptual alignment). Paper and released code differ;
+every difference is a field of `LossConfig`, and `recipe` sets them all.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Model directories: the one format of shipped, trained and converted models.
 
-`DIR/model.json` says what the parts are; `DIR/decoder`, `DIR/image_codec` and `DIR/speech_codec` are
-Orbax checkpoints of their parameters; `DIR/text.model` is the tokenizer. A directory may lack the
+`DIR/model.json` says what the parts are; `DIR/decoder`, `DIR/image_codec` and `DIR/speech_codec`
+are Orbax checkpoints of their parameters; `DIR/text.model` is the tokenizer. A directory may lack the
 decoder (what a training starts from).
 """
 
@@ -150,7 +150,7 @@ def load_decoder(directory: str | pathlib.Path) -> decoder_lib.Decoder:
 def export(
   directory: str | pathlib.Path, source: str | pathlib.Path, decoder: nnx.Module, dtype: str
 ) -> None:
-  """Writes a whole model directory: the codecs, text model and recipe of `source`, a new decoder."""
+  """Writes a model directory: the codecs, text model and recipe of `source`, a new decoder."""
   path, source = pathlib.Path(directory), pathlib.Path(source)
   partial = path.with_name(path.name + ".partial")
   shutil.rmtree(partial, ignore_errors=True)

@@ -9,6 +9,7 @@ DIR/model, losses are in DIR/metrics.jsonl and DIR/tensorboard.
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from aromni_jax import logs
 from aromni_jax.config import TrainConfig, to_dataclass
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -24,19 +25,11 @@ def main(argv: list[str]) -> None:
 
   config = to_dataclass(TrainConfig, _CONFIG.value.to_dict())
   logging.info("Training %d parameters.", config.model.num_params())
-  train_loop.train(config, _WORKDIR.value, make_sampler(config))
-
-
-def make_sampler(config: TrainConfig):
-  """Returns the function that writes samples at fixed prompts, or None if none are wanted."""
-  if not config.sample_every:
-    return None
-  from aromni_jax import samples
-
-  return samples.make_sampler(config.base)
+  train_loop.train(config, _WORKDIR.value)
 
 
 def run() -> None:
+  logs.setup()
   flags.mark_flags_as_required(["config", "workdir"])
   app.run(main)
 

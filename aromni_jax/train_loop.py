@@ -4,7 +4,6 @@ import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,11 +20,10 @@ from aromni_jax.config import TrainConfig
 from aromni_jax.data.pipeline import TrainIterator, make_train_iterator
 from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.optimizer import learning_rate, make_optimizer
+from aromni_jax.samples import write_samples
 
-Sampler = Callable[[int, nnx.Module, metrics_lib.Writer], None]
 
-
-def train(config: TrainConfig, workdir: str, sampler: Sampler | None = None) -> nnx.Module:
+def train(config: TrainConfig, workdir: str) -> nnx.Module:
   """Trains (or goes on training) a decoder, writes it to `workdir/model` and returns it.
 
   A run goes on from its newest checkpoint: state, data position and step are restored, so that
@@ -34,7 +32,6 @@ def train(config: TrainConfig, workdir: str, sampler: Sampler | None = None) -> 
   Args:
     config: the run.
     workdir: checkpoints, metrics and the trained model directory go here.
-    sampler: called every `config.sample_every` steps to write samples.
 
   Raises:
     FloatingPointError: if the loss stops being finite; nothing is saved from then on.
@@ -48,15 +45,14 @@ def train(config: TrainConfig, workdir: str, sampler: Sampler | None = None) -> 
     )
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
   with jax.set_mesh(mesh):
-    return _Run(config, workdir, base, mesh, sampler).run()
+    return _Run(config, workdir, base, mesh).run()
 
 
 class _Run:
   """State of one call of `train`."""
 
-  def __init__(self, config, workdir, base, mesh, sampler):
+  def __init__(self, config, workdir, base, mesh):
     self.config, self.workdir, self.base, self.mesh = config, workdir, base, mesh
-    self.sampler = sampler
     self.table = base.image_codec.quantize.embedding[...]
     optimizer = make_optimizer(config.optimizer)
     abstract = nnx.eval_shape(lambda: decoder_lib.Decoder(config.model, rngs=nnx.Rngs(0)))
@@ -99,8 +95,9 @@ class _Run:
         checkpoints.save(step, state, data.get_state(), self._saved_config())
       if config.eval_every and step % config.eval_every == 0:
         writer.write(step, self._evaluate(state))
-      if self.sampler and config.sample_every and step % config.sample_every == 0:
-        self.sampler(step, self._decoder(state), writer)
+      if config.sample_every and step % config.sample_every == 0:
+        model = dataclasses.replace(self.base, decoder=self._decoder(state))
+        write_samples(step, model, writer)
     if pending is not None:
       self._report(*pending, clock, writer)
     if checkpoints.latest_step != step:
@@ -189,7 +186,8 @@ class _Run:
     values = {k: v for k, v in values.items() if v or not k.startswith(("task/", "modality/"))}
     writer.write(step, values | speed)
     logging.info(
-      "step %d (%.0f %%) loss %.4f, text %.3f image %.3f speech %.3f, rate %.2e, norm %.2f, %.0f tokens/s",
+      "step %d (%.0f %%) loss %.4f, text %.3f image %.3f speech %.3f, rate %.2e, norm %.2f, "
+      "%.0f tokens/s",
       *(step, 100 * clock.progress(step), values["loss"]),
       *(values.get(f"modality/{m}", 0.0) for m in ("text", "image", "speech")),
       *(values["learning_rate"], values["grad_norm"], speed["tokens_per_second"]),

@@ -5,7 +5,7 @@ About two minutes for the base set on two cores; returns at once if the set is t
 
 from absl import app, flags, logging
 
-from aromni_jax import pictotalk
+from aromni_jax import logs, pictotalk
 from data_pipelines import picto_talk
 
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of the TFDS data sets.")
@@ -20,4 +20,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  logs.setup()
   app.run(main)

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
 
-from aromni_jax import model_dir, pictotalk
+from aromni_jax import logs, model_dir, pictotalk
 from aromni_jax.data import token_shards
 from aromni_jax.model_dir import Model
 from aromni_jax.prompts import Parts, Sample, make_sample
@@ -166,4 +166,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  logs.setup()
   app.run(main)

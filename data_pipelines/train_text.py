@@ -12,7 +12,7 @@ import numpy as np
 import sentencepiece as spm
 from absl import app, flags, logging
 
-from aromni_jax import pictotalk, prompts
+from aromni_jax import logs, pictotalk, prompts
 from aromni_jax.vocabulary import get_vocabulary
 
 _OUT = flags.DEFINE_string("out", "aromni_jax/pretrained/text.model", "File to write.")
@@ -73,4 +73,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  logs.setup()
   app.run(main)

@@ -20,7 +20,7 @@ def reference():
 
 
 def released_total(ref, kind, weights, image_rows):
-  """The released total, from our functions; the shift happens here as the data transform does it."""
+  """The released total, from our functions; the shift is what the data transform does."""
   ids = ref[f"{kind}.in.input_ids"].astype(np.int32)
   labels = ref[f"{kind}.in.labels"][:, 1:].astype(np.int32)
   hidden = jnp.asarray(ref[f"{kind}.in.hidden"])

@@ -64,7 +64,7 @@ def log_mel(wav: Array, sample_rate: int, *, n_fft: int, hop: int, bins: int) ->
 
 @functools.cache
 def mel_filters(sample_rate: int, n_fft: int, bins: int) -> np.ndarray:
-  """Returns triangular filters float32[n_fft // 2 + 1, bins], evenly spaced on the HTK mel scale."""
+  """Returns triangular filters float32[n_fft // 2 + 1, bins], even on the HTK mel scale."""
 
   def to_mel(hertz):
     return 2595 * np.log10(1 + hertz / 700)

@@ -1,4 +1,4 @@
-"""What the image codec is trained with: PictoTalk scenes drawn on the fly, errors of pixels and edges."""
+"""What the image codec is trained with: PictoTalk scenes, errors of pixels and edges."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def reconstruction_losses(output: Array, target: Array) -> training.Metrics:
 
 
 def reconstruct(codec: image_vq.ImageVQ, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the codes int32[n, h*w] of pictures uint8[n, H, W, 3], and the pictures drawn from them."""
+  """Returns codes int32[n, h*w] of pictures uint8[n, H, W, 3], and the pictures decoded from them."""
   codes = model_dir.encode_images(codec, pictures)
   return codes, model_dir.decode_images(codec, codes)
 

@@ -147,7 +147,9 @@ class Attention(nnx.Module):
       out = attention(q, k, v, segment_ids=segment_ids, backend=c.attention)
     else:
       rows = jnp.arange(batch)[:, None]
-      k_all, v_all = (old.at[rows, positions].set(new) for old, new in zip(cache, (k, v)))
+      k_all, v_all = (
+        old.at[rows, positions].set(new) for old, new in zip(cache, (k, v), strict=True)
+      )
       cache = k_all, v_all
       slots = jnp.arange(k_all.shape[1])
       out = masked_attention(q, k_all, v_all, slots <= positions[..., None])
