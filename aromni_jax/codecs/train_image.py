@@ -22,7 +22,7 @@ def reconstruction_losses(output: Array, target: Array) -> training.Metrics:
 
 
 def reconstruct(codec: image_vq.ImageVQ, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns codes int32[n, h*w] of pictures uint8[n, H, W, 3], and the pictures decoded from them."""
+  """Returns codes int32[n, h*w] of pictures uint8[n, H, W, 3], and what they decode to."""
   codes = model_dir.encode_images(codec, pictures)
   return codes, model_dir.decode_images(codec, codes)
 

@@ -1,8 +1,8 @@
 """Names and layouts of Hugging Face Chameleon decoders, as our decoder has them.
 
 Two Hugging Face layouts exist: the mainline one, whose q/k rows are half-split as ours are and
-whose q/k norms stand once per head, and the AR-Omni/Anole fork, whose rows are interleaved pairs and
-whose norms are shared. The rank of `q_norm.weight` tells them apart.
+whose q/k norms stand once per head, and the AR-Omni/Anole fork, whose rows are interleaved pairs
+and whose norms are shared. The rank of `q_norm.weight` tells them apart.
 """
 
 import numpy as np

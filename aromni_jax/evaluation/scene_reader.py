@@ -3,7 +3,8 @@
 A matched filter on the known glyphs. The background is the palette colour nearest to the border.
 The picture and the glyphs drawn on that colour are blurred by the same `BLUR`, so that the reader
 judges shape and colour, not sharpness, and every glyph is projected on every place it can stand at.
-The layout (one large glyph, or small ones in a 2x2 grid) and glyph that explain most win. Clean scenes are read without error. Needs the `demo` extra, which holds the glyphs.
+The layout (one large glyph, or small ones in a 2x2 grid) and glyph that explain most win. Clean
+scenes are read without error. Needs the `demo` extra, which holds the glyphs.
 """
 
 import functools
