@@ -4,3 +4,53 @@ import jax
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from aromni_jax import model_dir  # noqa: E402
+from aromni_jax.codecs.text import SentencePieceText  # noqa: E402
+from aromni_jax.data import token_shards  # noqa: E402
+from aromni_jax.prompts import INPUTS, OUTPUTS, Parts, make_sample  # noqa: E402
+from aromni_jax.vocabulary import get_vocabulary  # noqa: E402
+
+
+def random_samples(count: int, seed: int = 0, tasks=tuple(INPUTS)):
+  """Yields samples of all tasks with random codes."""
+  vocabulary = get_vocabulary("demo")
+  text = SentencePieceText(model_dir.SHIPPED / "text.model", vocabulary)
+  rng = np.random.default_rng(seed)
+
+  def part(name):
+    if name == "image":
+      return rng.integers(0, len(vocabulary.image), vocabulary.image_length)
+    if name == "speech":
+      return rng.integers(0, len(vocabulary.speech), rng.integers(3, 60))
+    return " ".join(rng.choice(["two", "dogs", "on", "blue"], rng.integers(1, 5)))
+
+  for i in range(count):
+    task = tasks[i % len(tasks)]
+    extra = ("transcript",) if task == "dialogue" else ()
+    yield make_sample(
+      task,
+      vocabulary,
+      text,
+      recipe="paper",
+      inputs=Parts(**{n: part(n) for n in INPUTS[task]}),
+      response=Parts(**{n: part(n) for n in OUTPUTS[task] + extra}),
+      key=f"item{i}",
+    )
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+  """Token shards of random samples that the shipped codecs could have made."""
+  out = tmp_path_factory.mktemp("data") / "tokens"
+  info = model_dir.read_info(model_dir.SHIPPED)
+  vocabulary = get_vocabulary("demo")
+  text = SentencePieceText(model_dir.SHIPPED / "text.model", vocabulary)
+  metadata = {f"{name}_fingerprint": info[name]["fingerprint"] for name in model_dir.CODECS}
+  metadata["text_fingerprint"] = text.fingerprint()
+  splits = {"train": random_samples(360), "validation": random_samples(36, seed=1)}
+  token_shards.write(out, splits, vocabulary, metadata)
+  return out

@@ -44,9 +44,10 @@ class TokenSamples(tfds.core.GeneratorBasedBuilder):
 
   def _split_generators(self, dl_manager):
     del dl_manager
-    return {name: self._generate_examples(samples) for name, samples in self._splits.items()}
+    return {n: self._generate_examples(n, samples) for n, samples in self._splits.items()}
 
-  def _generate_examples(self, samples):
+  def _generate_examples(self, split, samples):
+    sample = None
     for sample in samples:
       yield (
         f"{sample.task}/{sample.key}",
@@ -95,8 +96,6 @@ def write(
   }
   for name in splits:
     source = _open(partial, name)
-    if not len(source):
-      raise ValueError(f"split {name!r} of {directory} is empty; nothing was written")
     lengths = np.array([len(r["tokens"]) for r in source], np.int32)
     tasks = np.array([r["task"] for r in source], np.int8)
     np.savez(partial / f"{name}.npz", length=lengths, task=tasks)

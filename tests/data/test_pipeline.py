@@ -1,0 +1,162 @@
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from aromni_jax import model_dir
+from aromni_jax.codecs.text import SentencePieceText
+from aromni_jax.data import token_shards
+from aromni_jax.data.loss_weights import LossWeightConfig, loss_weights
+from aromni_jax.data.pipeline import DataConfig, RowPlan, make_train_iterator
+from aromni_jax.vocabulary import TASKS, get_vocabulary
+from tests.conftest import random_samples
+
+VOCABULARY = get_vocabulary("demo")
+
+
+def batches(config, count=4, batch_size=4, **options):
+  iterator = make_train_iterator(config, VOCABULARY, batch_size=batch_size, **options)
+  return [next(iterator) for _ in range(count)]
+
+
+def assert_equal(a, b):
+  for field in dataclasses.fields(a):
+    np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name))
+
+
+def test_targets_are_the_next_ids_of_the_same_sample(shards):
+  (batch,) = batches(DataConfig(str(shards)), count=1)
+  for b in range(4):
+    for segment in range(1, batch.segment_ids[b].max() + 1):
+      at = np.flatnonzero(batch.segment_ids[b] == segment)
+      tokens = batch.tokens[b, at]
+      assert tokens[0] == VOCABULARY.bos and tokens[-1] == VOCABULARY.eos
+      np.testing.assert_array_equal(batch.targets[b, at[:-1]], tokens[1:])
+      np.testing.assert_array_equal(batch.positions[b, at], np.arange(len(at)))
+      assert batch.loss_weights[b, at[-1]] == 0 and len(set(batch.task_ids[b, at])) == 1
+    padding = batch.segment_ids[b] == 0
+    assert not batch.loss_weights[b, padding].any()
+
+
+def test_loss_weights_follow_the_response():
+  weights = loss_weights(8, "speech_to_text", 4, LossWeightConfig(prompt=0.5, boosted=3.0))
+  # Targets of positions 3..5 are the response's ids 4..6; id 7 is the closing eos.
+  np.testing.assert_array_equal(weights, [0.5, 0.5, 0.5, 3, 3, 3, 1, 0])
+  plain = loss_weights(8, "text_to_image", 4, LossWeightConfig())
+  np.testing.assert_array_equal(plain, [1, 1, 1, 1, 1, 1, 1, 0])
+
+
+def test_every_sample_once_per_epoch_and_well_packed(shards):
+  table = token_shards.TokenShards(shards, "train", VOCABULARY)
+  plan = RowPlan(table.lengths, table.tasks, DataConfig(str(shards)))
+  for epoch in range(2):
+    rows = plan.epoch(epoch)
+    assert sorted(n for row in rows for n in row) == list(range(len(table)))
+    real = sum(table.lengths) / (len(rows) * 512)
+    assert real > 0.94  # the last row of this little set is half empty
+  assert plan.epoch(0) != plan.epoch(1)
+
+
+def test_order_is_a_function_of_seed_and_step(shards):
+  config = DataConfig(str(shards))
+  for a, b in zip(batches(config), batches(config), strict=True):
+    assert_equal(a, b)
+  other = batches(dataclasses.replace(config, seed=1))
+  assert (batches(config)[0].tokens != other[0].tokens).any()
+
+
+def test_processes_read_the_parts_of_one_batch(shards):
+  config = DataConfig(str(shards))
+  whole = batches(config)
+  parts = [batches(config, process_index=i, process_count=2) for i in range(2)]
+  for step in range(4):
+    both = np.concatenate([parts[0][step].tokens, parts[1][step].tokens])
+    np.testing.assert_array_equal(whole[step].tokens, both)
+  with pytest.raises(ValueError, match="batch_size 4 is not a multiple of 3 processes"):
+    batches(config, process_count=3)
+
+
+def test_resume_is_exact(shards):
+  config = DataConfig(str(shards))
+  whole = batches(config, count=6)
+  first = make_train_iterator(config, VOCABULARY, batch_size=4)
+  for _ in range(3):
+    next(first)
+  state = json.loads(json.dumps(first.get_state()))
+  second = make_train_iterator(config, VOCABULARY, batch_size=4)
+  second.set_state(state)
+  for want in whole[3:]:
+    assert_equal(want, next(second))
+
+
+@pytest.mark.parametrize("unit", ["tokens", "samples"])
+def test_mixture_weights(shards, unit):
+  mixture = {"text_to_image": 3.0, "speech_to_text": 1.0}
+  table = token_shards.TokenShards(shards, "train", VOCABULARY)
+  plan = RowPlan(
+    table.lengths, table.tasks, DataConfig(str(shards), mixture=mixture, mixture_unit=unit)
+  )
+  numbers = [n for epoch in range(4) for row in plan.epoch(epoch) for n in row]
+  sizes = table.lengths if unit == "tokens" else np.ones_like(table.lengths)
+  total = {t: sizes[[n for n in numbers if TASKS[table.tasks[n]] == t]].sum() for t in mixture}
+  assert total["text_to_image"] / total["speech_to_text"] == pytest.approx(3.0, rel=0.15)
+  assert {TASKS[table.tasks[n]] for n in numbers} == set(mixture)
+
+
+def test_long_samples_are_named_or_dropped(shards):
+  config = DataConfig(str(shards), sequence_length=150)
+  with pytest.raises(ValueError, match="longer than data.sequence_length 150.*long_samples=drop"):
+    batches(config)
+  batches(dataclasses.replace(config, long_samples="drop"))
+
+
+def test_wrong_configs_are_named(shards):
+  with pytest.raises(ValueError, match="task 'sing' does not exist"):
+    DataConfig(str(shards), mixture={"sing": 1.0})
+  with pytest.raises(ValueError, match="data.mixture.dialogue is -1"):
+    DataConfig(str(shards), mixture={"dialogue": -1.0})
+  with pytest.raises(ValueError, match="data.long_samples 'cut'"):
+    DataConfig(str(shards), long_samples="cut")
+  with pytest.raises(FileNotFoundError, match="no token shards.*data_pipelines.tokenize"):
+    batches(DataConfig(str(shards / "nowhere")))
+  with pytest.raises(FileNotFoundError, match="no split 'test'; it has train, validation"):
+    batches(DataConfig(str(shards), split="test"))
+
+
+def test_shards_of_another_codec_are_refused(shards):
+  with pytest.raises(ValueError, match="made with image_codec .* but the model has 0123"):
+    batches(DataConfig(str(shards)), codecs={"image_codec": "0123"})
+
+
+def test_damaged_files_are_named(shards, tmp_path):
+  copy = tmp_path / "tokens"
+  shutil.copytree(shards, copy)
+  (file,) = copy.glob("token_samples/1.0.0/*train*array_record*")
+  data = file.read_bytes()
+  file.write_bytes(data[: len(data) // 2])
+  with pytest.raises(ValueError, match="damaged|cannot be opened"):
+    batches(DataConfig(str(copy)), count=30)
+
+
+def test_empty_splits_and_existing_folders_are_refused(shards, tmp_path):
+  with pytest.raises(FileExistsError, match="remove it or name another folder"):
+    token_shards.write(shards, {"train": random_samples(2)}, VOCABULARY, {})
+  with pytest.raises(ValueError, match="'train'.* is empty; no token shards"):
+    token_shards.write(tmp_path / "new", {"train": []}, VOCABULARY, {})
+  assert not (tmp_path / "new").exists()
+
+
+def test_two_writes_are_identical(tmp_path):
+  for name in ("a", "b"):
+    token_shards.write(tmp_path / name, {"train": random_samples(40)}, VOCABULARY, {})
+  files = [sorted(p for p in (tmp_path / n).rglob("*") if p.is_file()) for n in ("a", "b")]
+  for a, b in zip(*files, strict=True):
+    if a.name not in ("dataset_info.json",):  # holds nothing that training reads but a date
+      assert a.read_bytes() == b.read_bytes(), a.name
+
+
+def test_text_codec_of_the_fixture_is_the_shipped_one():
+  text = SentencePieceText(model_dir.SHIPPED / "text.model", VOCABULARY)
+  assert text.decode(text.encode("two dogs on blue")) == "two dogs on blue"

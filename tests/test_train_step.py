@@ -1,0 +1,130 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from aromni_jax import sharding, train_step
+from aromni_jax.data.pipeline import DataConfig, make_train_iterator
+from aromni_jax.losses import LossConfig
+from aromni_jax.models import decoder as decoder_lib
+from aromni_jax.models.config import DecoderConfig
+from aromni_jax.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from aromni_jax.vocabulary import get_vocabulary
+
+VOCABULARY = get_vocabulary("demo")
+MODEL = DecoderConfig(
+  vocab_size=VOCABULARY.size,
+  embed_dim=32,
+  mlp_dim=64,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=4,
+  head_dim=8,
+  dtype="float32",
+  remat_policy="none",
+)
+LOSS = LossConfig(perceptual_weight=0.1, z_loss_weight=1e-4, normaliser="weights")
+TABLE = jax.random.normal(jax.random.key(7), (1024, 8))
+
+
+@pytest.fixture(scope="module")
+def batches(shards):
+  iterator = make_train_iterator(DataConfig(str(shards)), VOCABULARY, batch_size=8)
+  return [next(iterator) for _ in range(3)]
+
+
+def run(batches, *, mesh=(1, 1, 1), accumulate=1, loss=LOSS, model=MODEL):
+  """Losses of some steps and the parameters after them, on a (data, fsdp, tensor) mesh."""
+  optimizer = make_optimizer(OptimizerConfig())
+  mesh = sharding.make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
+  with jax.set_mesh(mesh):
+    abstract = nnx.eval_shape(lambda: decoder_lib.Decoder(model, rngs=nnx.Rngs(0)))
+    config = train_step.StepConfig(nnx.graphdef(abstract), VOCABULARY, loss, optimizer, accumulate)
+
+    def init(key):
+      return train_step.init_state(model, optimizer, TABLE.shape[1], key)
+
+    shardings = sharding.state_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
+    state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
+    step = train_step.make_train_step(config, mesh, shardings)
+    metrics = []
+    for batch in batches:
+      placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+      state, values = step(state, placed, TABLE, jnp.float32(1e-3))
+      metrics.append(jax.device_get(values))
+    assert step._cache_size() == 1  # compiled once
+    return metrics, jax.device_get(state.params)
+
+
+@pytest.fixture(scope="module")
+def reference(batches):
+  return run(batches)
+
+
+def assert_same(one, other, rtol=2e-5):
+  for a, b in zip(one[0], other[0], strict=True):
+    for name in a:
+      np.testing.assert_allclose(a[name], b[name], rtol=rtol, atol=1e-6, err_msg=name)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), one[1], other[1])
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
+def test_eight_devices_equal_one(batches, reference, mesh):
+  assert_same(reference, run(batches, mesh=mesh))
+
+
+@pytest.mark.parametrize("normaliser", ["tokens", "weights"])
+def test_accumulation_equals_the_big_batch(batches, normaliser):
+  loss = dataclasses.replace(LOSS, normaliser=normaliser)
+  assert_same(run(batches, loss=loss), run(batches, loss=loss, accumulate=4))
+
+
+def test_accumulation_on_a_mesh(batches, reference):
+  assert_same(reference, run(batches, mesh=(2, 1, 2), accumulate=2))
+
+
+def test_unrolled_layers_and_blocked_logits_equal_the_rest(batches, reference):
+  model = dataclasses.replace(MODEL, scan_layers=False, remat_policy="full")
+  assert_same(reference, run(batches, model=model, loss=dataclasses.replace(LOSS, block_size=64)))
+
+
+def test_a_frozen_projection_stays_and_is_used(batches):
+  loss = dataclasses.replace(LOSS, train_projection=False)
+  before = run(batches[:1], loss=loss)[1]["projection"]
+  after = run(batches, loss=loss)[1]["projection"]
+  jax.tree.map(np.testing.assert_array_equal, before, after)
+  trained = run(batches)[1]["projection"]
+  assert np.abs(trained["kernel"] - after["kernel"]).max() > 1e-4
+
+
+def test_loss_of_the_right_targets_falls(batches):
+  metrics, _ = run([batches[0]] * 12)
+  assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.2
+  assert metrics[0]["modality/text"] == pytest.approx(np.log(VOCABULARY.size), abs=0.3)
+
+
+def test_perceptual_tasks_choose_the_pictures(batches):
+  def pairs(**options):
+    config = train_step.StepConfig(None, VOCABULARY, LossConfig(**options), None)
+    return train_step.perceptual_mask(jax.tree.map(jnp.asarray, batches[0]), config)
+
+  codes, mask = pairs()
+  assert mask.any() and ((codes[mask] >= 0) & (codes[mask] < len(VOCABULARY.image))).all()
+  _, some = pairs(perceptual_tasks=("text_to_image",))
+  assert 0 < some.sum() < mask.sum()
+  own_codes, own = pairs(perceptual_pairing="own_position")
+  np.testing.assert_array_equal(own_codes[own], VOCABULARY.image_codes(batches[0].tokens[own]))
+
+
+def test_learning_rate_schedules():
+  config = OptimizerConfig(learning_rate=1.0, warmup_steps=4, schedule="cosine")
+  assert learning_rate(config, 1, 0.0) == 0.5
+  assert learning_rate(config, 9, 0.5) == pytest.approx(0.5)
+  assert learning_rate(config, 9, 1.0) == pytest.approx(0.0)
+  linear = dataclasses.replace(config, schedule="linear", final_ratio=0.1)
+  assert learning_rate(linear, 9, 0.5) == pytest.approx(0.55)
+  with pytest.raises(ValueError, match="optimizer.schedule 'step'"):
+    OptimizerConfig(schedule="step")
