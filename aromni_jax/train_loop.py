@@ -72,11 +72,28 @@ class _Run:
     self.rows = sharding.batch_sharding(mesh)
 
   def run(self) -> nnx.Module:
-    config = self.config
-    data = self._iterator(config.data.split)
-    checkpoints = Checkpoints(self.workdir, config.checkpoints_kept)
+    data = self._iterator(self.config.data.split)
+    checkpoints = Checkpoints(self.workdir, self.config.checkpoints_kept)
     state, step = self._start(checkpoints, data)
     writer = metrics_lib.Writer(self.workdir, step)
+    try:
+      state, step, stopped = self._steps(state, step, data, checkpoints, writer)
+    finally:
+      checkpoints.close()  # a save that has begun is finished, whatever happened
+    if stopped:
+      logging.info("SIGTERM: saved step %d and left; the same command goes on from it.", step)
+      raise SystemExit(0)
+    if self.config.eval_batches:
+      writer.write(step, self._evaluate(state))
+    writer.close()
+    decoder = self._decoder(state)
+    model_dir.export(f"{self.workdir}/model", self.base.path, decoder, self.config.export_dtype)
+    logging.info("Wrote the model directory %s/model.", self.workdir)
+    return decoder
+
+  def _steps(self, state, step, data, checkpoints, writer) -> tuple[Any, int, bool]:
+    """All steps from `step` on; returns the state, the step, and whether SIGTERM ended them."""
+    config = self.config
     stop = _stop_on_sigterm()
     clock = _Clock(config, step)
     pending = None  # metrics of the step before, fetched while the next one runs
@@ -102,17 +119,7 @@ class _Run:
       self._report(*pending, clock, writer)
     if checkpoints.latest_step != step:
       checkpoints.save(step, state, data.get_state(), self._saved_config())
-    checkpoints.close()
-    if stop.is_set():
-      logging.info("SIGTERM: saved step %d and left; the same command goes on from it.", step)
-      raise SystemExit(0)
-    if config.eval_batches:
-      writer.write(step, self._evaluate(state))
-    writer.close()
-    decoder = self._decoder(state)
-    model_dir.export(f"{self.workdir}/model", self.base.path, decoder, config.export_dtype)
-    logging.info("Wrote the model directory %s/model.", self.workdir)
-    return decoder
+    return state, step, stop.is_set()
 
   def _iterator(self, split: str) -> TrainIterator:
     config = dataclasses.replace(self.config.data, split=split)
@@ -170,9 +177,10 @@ class _Run:
   def _report(self, step: int, metrics: Any, clock: "_Clock", writer: metrics_lib.Writer) -> None:
     """Checks and notes the metrics of a step; writes them at every `log_every`th."""
     values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    if not np.isfinite(values["loss"]):
+    if not np.isfinite([values["loss"], values["grad_norm"]]).all():
       raise FloatingPointError(
-        f"the loss is {values['loss']} at step {step}; nothing was saved after it. Lower "
+        f"the loss is {values['loss']} at step {step}, the norm of its gradient "
+        f"{values['grad_norm']}; nothing was saved after it. Lower "
         "config.optimizer.learning_rate, or go on from the last checkpoint with other data"
       )
     clock.count(values["tokens"])

@@ -58,6 +58,8 @@ class TokenSamples(tfds.core.GeneratorBasedBuilder):
           "key": sample.key,
         },
       )
+    if sample is None:
+      raise ValueError(f"split {split!r} of {self.data_dir} is empty; no token shards were written")
 
 
 def write(
