@@ -1,0 +1,102 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from aromni_jax.decoding.engine import Engine
+from aromni_jax.decoding.sampling import Sampler
+from aromni_jax.models.config import DecoderConfig
+from aromni_jax.models.decoder import Decoder
+from aromni_jax.vocabulary import get_vocabulary
+
+VOCABULARY = get_vocabulary("demo")
+CONFIG = DecoderConfig(
+  vocab_size=VOCABULARY.size,
+  embed_dim=16,
+  mlp_dim=32,
+  num_layers=2,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=8,
+  dtype="float32",
+  init_std=0.5,
+)
+TASKS = ["speech_to_text", "text_to_image", "text_to_speech", "dialogue"]
+PROMPTS = [np.r_[VOCABULARY.bos, np.arange(20, 20 + n)].astype(np.int32) for n in (3, 40, 7, 11)]
+
+
+@pytest.fixture(scope="module")
+def decoder():
+  return Decoder(CONFIG, rngs=nnx.Rngs(0))
+
+
+def greedy_without_cache(decoder, engine, prompt, task, budget):
+  """The plain loop: the whole sequence through the decoder at every step."""
+  length = len(prompt) + budget
+  tokens = np.zeros((1, length), np.int32)
+  tokens[0, : len(prompt)] = prompt
+  states, at = engine.machine.init_states([task]), len(prompt)
+  forward = nnx.jit(lambda m, t: m.logits(m(t, jnp.arange(length)[None])))
+  for remaining in range(budget, 0, -1):
+    logits = np.asarray(forward(decoder, tokens))[0, at - 1]
+    allowed = np.asarray(engine.machine.allowed(states, jnp.array([remaining])))[0]
+    tokens[0, at] = np.where(allowed, logits, -np.inf).argmax()
+    states = engine.machine.advance(states, tokens[:, at])
+    at += 1
+    if tokens[0, at - 1] == VOCABULARY.eos:
+      break
+  return tokens[0, len(prompt) : at]
+
+
+def test_cached_batch_of_mixed_tasks_equals_the_plain_loop(decoder):
+  engine = Engine(decoder, VOCABULARY)
+  budget = 90
+  outputs = engine.generate(PROMPTS, TASKS, max_new_tokens=budget)
+  for prompt, task, ids in zip(PROMPTS, TASKS, outputs, strict=True):
+    want = greedy_without_cache(decoder, engine, prompt, task, budget)
+    np.testing.assert_array_equal(ids, want, err_msg=task)
+
+
+def test_streamed_parts_are_prefixes(decoder):
+  samplers = {"text": Sampler(1.0), "speech": Sampler(0.7, 0.9), "image": Sampler(1.0)}
+  engine = Engine(decoder, VOCABULARY, samplers=samplers)
+  whole = engine.generate(PROMPTS, TASKS, max_new_tokens=100, seed=3)
+  seen = list(engine.stream(PROMPTS, TASKS, max_new_tokens=100, seed=3, chunk=16))
+  assert len(seen) > 2
+  for part in seen:
+    for ids, want in zip(part, whole, strict=True):
+      np.testing.assert_array_equal(ids, want[: len(ids)])
+  for ids, want in zip(seen[-1], whole, strict=True):
+    np.testing.assert_array_equal(ids, want)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(decoder):
+  engine = Engine(decoder, VOCABULARY, samplers={"speech": Sampler(1.0), "text": Sampler(1.0, 0.9)})
+  together = engine.generate(PROMPTS, TASKS, max_new_tokens=100, seed=1)
+  alone = engine.generate(PROMPTS[2:3], TASKS[2:3], max_new_tokens=100, seed=1, row_ids=[2])
+  np.testing.assert_array_equal(together[2], alone[0])
+  other = engine.generate(PROMPTS, TASKS, max_new_tokens=100, seed=2)
+  assert any(len(a) != len(b) or (a != b).any() for a, b in zip(together, other, strict=True))
+
+
+def test_repetition_penalty_changes_what_is_said(decoder):
+  plain = Engine(decoder, VOCABULARY)
+  penalised = Engine(decoder, VOCABULARY, samplers={"text": Sampler(repetition_penalty=50.0)})
+  (a,), (b,) = (e.generate(PROMPTS[:1], TASKS[:1], max_new_tokens=40) for e in (plain, penalised))
+  words = b[:-2]
+  assert len(set(words.tolist())) == len(words)  # with so strong a penalty nothing is said twice
+  assert len(set(a[:-2].tolist())) < len(a[:-2])
+
+
+def test_wrong_requests_are_named(decoder):
+  engine = Engine(decoder, VOCABULARY, max_length=64)
+  with pytest.raises(ValueError, match="shortest response of text_to_image has 68 tokens"):
+    engine.generate(PROMPTS[1:2], ["text_to_image"], max_new_tokens=20)
+  with pytest.raises(ValueError, match="a prompt of 41 tokens and max_new_tokens 30 exceed"):
+    engine.generate(PROMPTS[1:2], ["speech_to_text"], max_new_tokens=30)
+  with pytest.raises(ValueError, match="got 1 prompts and 2 tasks"):
+    engine.generate(PROMPTS[:1], TASKS[:2], max_new_tokens=30)
+  with pytest.raises(ValueError, match="no sampler is called"):
+    Engine(decoder, VOCABULARY, samplers={"video": Sampler()})
+  with pytest.raises(ValueError, match="task 'sing' does not exist"):
+    engine.generate(PROMPTS[:1], ["sing"], max_new_tokens=30)
