@@ -1,6 +1,6 @@
 """The console script: `aromni <job> --flags`, the same as `python -m aromni_jax.<job> --flags`."""
 
-import importlib
+import runpy
 import sys
 
 JOBS = {
@@ -21,8 +21,8 @@ def main() -> None:
     return
   if job not in JOBS:
     sys.exit(f"aromni: job {job!r} does not exist; expected one of {', '.join(JOBS)}")
-  sys.argv = [f"aromni {job}", *sys.argv[2:]]
-  importlib.import_module(f"aromni_jax.{job}").run()
+  del sys.argv[1]
+  runpy.run_module(f"aromni_jax.{job}", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

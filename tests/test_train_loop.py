@@ -103,9 +103,7 @@ def test_trained_model_directory_is_whole(shards, unbroken):
 
 def test_non_finite_loss_stops_and_saves_nothing_after(shards, tmp_path):
   config = make_config(shards, **{"optimizer.learning_rate": float("nan"), "checkpoint_every": 1})
-  with pytest.raises(
-    FloatingPointError, match="loss is nan at step 2.*nothing was saved"
-  ):
+  with pytest.raises(FloatingPointError, match="loss is nan at step 2.*nothing was saved"):
     train(config, tmp_path)
   assert checkpoint.Checkpoints(str(tmp_path)).latest_step == 1
   assert not (tmp_path / "model").exists()

@@ -1,0 +1,73 @@
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from aromni_jax.config import TrainConfig, to_dataclass
+from configs import base, demo
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("argument", demo.ARGUMENTS)
+def test_every_demo_config_is_whole(argument):
+  config = to_dataclass(TrainConfig, demo.get_config(argument).to_dict())
+  assert config.model.vocab_size == 2944
+
+
+def test_the_base_config_is_the_paper_and_released_switches_all():
+  config = to_dataclass(TrainConfig, base.get_config().to_dict())
+  assert config.loss.perceptual_weight == 0.1 and config.loss.perceptual_pairing == "predicting"
+  released = to_dataclass(TrainConfig, base.released(base.get_config()).to_dict())
+  assert released.loss.perceptual_distance == "mse" and not released.loss.train_projection
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (
+      {"model.num_layer": 2},
+      "config.model.num_layer does not exist; did you mean config.model",
+    ),
+    ({"zzz": 2}, "config.zzz does not exist; it has seed, base"),
+    ({"batch_size": "8"}, "config.batch_size is '8'; expected int"),
+    ({"batch_size": True}, "config.batch_size is True; expected int"),
+    ({"batch_size": 0}, "config.batch_size is 0; it must be at least 1"),
+    ({"accumulate": 3}, "config.batch_size 4 is not a multiple of config.accumulate 3"),
+    ({"loss.normaliser": "mean"}, "loss.normaliser 'mean'; expected one of"),
+    ({"data.loss_weights.prompt": -1.0}, "data.loss_weights.prompt is -1.0; it must be >= 0"),
+    ({"data.mixture_unit": "bytes"}, "data.mixture_unit 'bytes'"),
+  ],
+)
+def test_wrong_values_are_named(change, message):
+  config = demo.get_config()
+  with config.unlocked():
+    for key, value in change.items():
+      section, _, name = key.rpartition(".")
+      target = config
+      for part in section.split(".") if section else []:
+        target = target[part]
+      target._fields[name] = value
+  with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+    to_dataclass(TrainConfig, config.to_dict())
+
+
+def test_a_missing_field_is_named():
+  values = demo.get_config().to_dict()
+  del values["num_steps"]
+  with pytest.raises(ValueError, match="config.num_steps is missing"):
+    to_dataclass(TrainConfig, values)
+
+
+def test_unknown_arguments_and_misspelt_flags_are_named():
+  with pytest.raises(ValueError, match="configs/demo.py:big does not exist; expected one of"):
+    demo.get_config("big")
+  done = subprocess.run(
+    [sys.executable, "-m", "aromni_jax.cli", "train", "--config=configs/demo.py:tiny"]
+    + ["--workdir=never", "--config.model.num_layer=2"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode != 0 and "num_layer" in done.stderr and not (ROOT / "never").exists()
