@@ -39,6 +39,7 @@ _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of the raw PictoTalk
 _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Steps, if not the shipped codec's.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Pictures or one-second crops per step.")
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", None, "Peak learning rate.")
+_START = flags.DEFINE_string("start", None, "Model directory whose codec is trained on.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters and data.")
 
 
@@ -51,6 +52,8 @@ def main(argv: list[str]) -> None:
     "learning_rate": _LEARNING_RATE.value,
     "seed": _SEED.value,
   }
+  if _START.value:
+    options["quantise_after"] = 0  # there is a codebook already
   config = dataclasses.replace(
     _CONFIGS[_CODEC.value], **{k: v for k, v in options.items() if v is not None}
   )
@@ -59,24 +62,27 @@ def main(argv: list[str]) -> None:
     task = make_task(config)
   except (FileNotFoundError, ImportError) as e:
     raise app.UsageError(str(e)) from e
-  codec = fit(task, config, _WORKDIR.value)
+  name = f"{_CODEC.value}_codec"
+  start = model_dir.load_codec(_START.value, name) if _START.value else None
+  codec = fit(task, config, _WORKDIR.value, start)
   out = pathlib.Path(_OUT.value)
   if not (out / "model.json").exists():
     model_dir.create(out, get_vocabulary("demo"), "paper")
     shutil.copy(model_dir.SHIPPED / "text.model", out / "text.model")
-  model_dir.save_codec(out, f"{_CODEC.value}_codec", codec)
-  logging.info("Wrote %s/%s_codec.", out, _CODEC.value)
+  model_dir.save_codec(out, name, codec)
+  logging.info("Wrote %s/%s.", out, name)
 
 
 def image_task(config: CodecTrainingConfig) -> CodecTask:
   """Returns the small image codec with scenes of the train captions."""
   captions = [c for name in _SETS for c in pictotalk.captions(name, "train")]
-  source = image_scenes.SceneSource(
-    captions, batch_size=config.batch_size, augment_share=0.0, seed=config.seed
+  model = image_vq.PRESETS["small"]
+  source = image_scenes.TwinScenes(
+    captions, batch_size=config.batch_size, grid=model.grid, seed=config.seed
   )
   unseen = pictotalk.captions("base", "validation")[:64]
   held_out = np.stack([pictotalk.draw_scene(c, i) for i, c in enumerate(unseen)])
-  return train_image.make_task(image_vq.PRESETS["small"], source, held_out)
+  return train_image.make_task(model, source, held_out)
 
 
 def speech_task(config: CodecTrainingConfig) -> CodecTask:

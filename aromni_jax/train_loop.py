@@ -60,8 +60,18 @@ class _Run:
       nnx.graphdef(abstract), base.vocabulary, config.loss, optimizer, config.accumulate
     )
 
+    codebooks = {
+      base.vocabulary.image: self.table,
+      base.vocabulary.speech: base.speech_codec.codebook[...],
+    }
+
     def init(key):
-      return step_lib.init_state(config.model, optimizer, self.table.shape[1], key)
+      state = step_lib.init_state(config.model, optimizer, self.table.shape[1], key)
+      std = config.code_embedding_std
+      if std:
+        key = jax.random.fold_in(key, 1)
+        state = step_lib.embed_codebooks(state, codebooks, std, config.model.init_std, key)
+      return state
 
     key = jax.random.key(config.seed)
     self.abstract = jax.eval_shape(init, key)

@@ -37,6 +37,38 @@ class TrainState:
   opt_state: optax.OptState
 
 
+def embed_codebooks(
+  state: TrainState, codebooks: dict[range, Array], std: float, head_std: float, key: Array
+) -> TrainState:
+  """Returns the state with embeddings and head columns of codes that start as their vectors.
+
+  A codec's vectors are standardised and projected at random, so that ids of similar codes start
+  alike and what is learned of one holds for its neighbours.
+
+  Args:
+    state: at step 0.
+    codebooks: id range -> float32[len(range), E], the codes' vectors.
+    std: standard deviation of the embeddings.
+    head_std: standard deviation of the head's columns.
+    key: randomness of the projections.
+  """
+  decoder = state.params["decoder"]
+  embedding, head = decoder["embedding"], decoder["head"]
+  for ids, table in codebooks.items():
+    table = (table - jnp.mean(table, axis=0)) / jnp.std(table) / table.shape[1] ** 0.5
+    for variable, scale in ((embedding, std), (head, head_std)):
+      key, projection_key = jax.random.split(key)
+      width = embedding.get_value().shape[1]
+      rows = scale * table @ jax.random.normal(projection_key, (table.shape[1], width))
+      value = variable.get_value()
+      if variable is embedding:
+        value = value.at[ids.start : ids.stop].add(rows.astype(value.dtype))
+      else:
+        value = value.at[:, ids.start : ids.stop].add(rows.T.astype(value.dtype))
+      variable.set_value(value)
+  return state
+
+
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
   """What a step needs to know besides its inputs.

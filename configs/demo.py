@@ -18,6 +18,7 @@ def get_config(argument: str = "default") -> ConfigDict:
     raise ValueError(f"configs/demo.py:{argument} does not exist; expected one of {ARGUMENTS}")
   c = base.get_config()
   c.batch_size = 4
+  c.code_embedding_std = 0.3
   c.num_steps = 100_000
   c.max_minutes = 8.0
   c.log_every = 20

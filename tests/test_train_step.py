@@ -128,3 +128,22 @@ def test_learning_rate_schedules():
   assert learning_rate(linear, 9, 0.5) == pytest.approx(0.55)
   with pytest.raises(ValueError, match="optimizer.schedule 'step'"):
     OptimizerConfig(schedule="step")
+
+
+def test_similar_codes_start_alike():
+  state = train_step.init_state(MODEL, make_optimizer(OptimizerConfig()), 8, jax.random.key(0))
+  table = TABLE.at[1].set(TABLE[0] + 0.01)  # codes 0 and 1 are nearly the same
+  state = train_step.embed_codebooks(
+    state, {VOCABULARY.image: table}, 0.3, 0.02, jax.random.key(1)
+  )
+  decoder, start = state.params["decoder"], VOCABULARY.image.start
+  for rows, std, ratio in (
+    (decoder["embedding"][...], 0.3, 0.3),
+    (decoder["head"][...].T, 0.02, 0.95),  # as much noise as codebook
+  ):
+    codes = rows[start : VOCABULARY.image.stop]
+    assert float(jnp.std(codes)) == pytest.approx((std**2 + MODEL.init_std**2) ** 0.5, rel=0.1)
+    near, far = jnp.linalg.norm(codes[0] - codes[1]), jnp.linalg.norm(codes[0] - codes[2:], axis=1)
+    assert near < ratio * jnp.median(far)
+    text = rows[VOCABULARY.text.start : VOCABULARY.text.stop]
+    assert float(jnp.std(text)) == pytest.approx(MODEL.init_std, rel=0.1)

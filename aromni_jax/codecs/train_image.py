@@ -1,4 +1,4 @@
-"""What the image codec is trained with: PictoTalk scenes, errors of pixels and edges."""
+"""What the image codec is trained with: twin scenes, errors of pixels, agreement of twins."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,12 @@ import numpy as np
 
 from aromni_jax import model_dir
 from aromni_jax.codecs import image_vq, training
-from aromni_jax.codecs.image_scenes import SceneSource
+from aromni_jax.codecs.image_scenes import TwinScenes
 
 Array = jax.Array
 
 _EDGE_WEIGHT = 0.5  # of the L1 error of horizontal and vertical differences
+_TWIN_WEIGHT = 0.4
 
 
 def reconstruction_losses(output: Array, target: Array) -> training.Metrics:
@@ -19,6 +20,19 @@ def reconstruction_losses(output: Array, target: Array) -> training.Metrics:
   edges = sum(jnp.mean(jnp.abs(jnp.diff(difference, axis=axis))) for axis in (1, 2))
   l1, l2 = jnp.mean(jnp.abs(difference)), jnp.mean(difference**2)
   return {"l1": l1, "l2": l2, "edges": edges, "loss": l1 + l2 + _EDGE_WEIGHT * edges}
+
+
+def twin_loss(z: Array, covered: Array) -> Array:
+  """Returns how far twins are apart where glyphs cover them, as a share of the latents' variance.
+
+  Args:
+    z: float32[2 n, h, w, d] or [2 n, h * w, d]; the second half are the twins of the first.
+    covered: bool[n, h * w].
+  """
+  one, other = jnp.split(z.reshape(z.shape[0], -1, z.shape[-1]), 2)
+  distance = jnp.sum((one - other) ** 2, axis=-1)
+  scale = jnp.sum(jnp.var(z.reshape(-1, z.shape[-1]), axis=0))
+  return jnp.sum(jnp.where(covered, distance, 0.0)) / (scale * jnp.maximum(jnp.sum(covered), 1))
 
 
 def reconstruct(codec: image_vq.ImageVQ, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -34,7 +48,7 @@ def psnr(output: np.ndarray, target: np.ndarray) -> float:
 
 
 def make_task(
-  model: image_vq.ImageVQConfig, source: SceneSource, held_out: np.ndarray
+  model: image_vq.ImageVQConfig, source: TwinScenes, held_out: np.ndarray
 ) -> training.CodecTask:
   """Returns what the training loop needs.
 
@@ -51,7 +65,8 @@ def make_task(
   return training.CodecTask(
     make=lambda rngs: image_vq.ImageVQ(model, rngs=rngs),
     codebook=lambda codec: codec.quantize.embedding,
-    prepare=lambda batch: batch.astype(jnp.float32) / 127.5 - 1.0,
+    prepare=lambda batch: batch["pictures"].astype(jnp.float32) / 127.5 - 1.0,
+    regularise=lambda z, batch: _TWIN_WEIGHT * twin_loss(z, batch["covered"]),
     losses=reconstruction_losses,
     batch_at=source,
     measure=measure,

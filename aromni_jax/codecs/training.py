@@ -9,6 +9,7 @@ import functools
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,8 +66,9 @@ class CodecTask:
   Attributes:
     make: builds the codec, which has `latents(input)` and `render(vectors)`, from `rngs`.
     codebook: the codebook variable of a codec.
-    prepare: stored batch (uint8 pictures, int16 sound) -> input of the codec, inside jit.
+    prepare: stored batch (a pytree with uint8 pictures or int16 sound) -> input of the codec.
     losses: (output, input) -> metrics with the reconstruction's "loss".
+    regularise: (latents, stored batch) -> float32[], added to the loss.
     batch_at: the stored batch of a step; a function of the step alone.
     measure: codec -> figures on held-out data for the progress lines.
   """
@@ -75,8 +77,9 @@ class CodecTask:
   codebook: Callable[[nnx.Module], nnx.Param]
   prepare: Callable[[Array], Array]
   losses: Callable[[Array, Array], Metrics]
-  batch_at: Callable[[int], np.ndarray]
+  batch_at: Callable[[int], Any]
   measure: Callable[[nnx.Module], dict[str, float]]
+  regularise: Callable[[Array, Any], Array] = lambda z, batch: jnp.zeros(())
 
 
 @jax.tree_util.register_dataclass
@@ -100,18 +103,23 @@ def make_optimizer(config: CodecTrainingConfig) -> optax.GradientTransformation:
   )
 
 
-def init_state(task: CodecTask, config: CodecTrainingConfig) -> tuple[nnx.GraphDef, CodecState]:
-  """Returns the structure of the codec and the state at step 0."""
+def init_state(
+  task: CodecTask, config: CodecTrainingConfig, start: nnx.Module | None = None
+) -> tuple[nnx.GraphDef, CodecState]:
+  """Returns the structure of the codec and the state at step 0, random or that of `start`."""
   graphdef, params = codec_params.init(task.make, config.seed)
   shape = task.codebook(nnx.eval_shape(lambda: task.make(nnx.Rngs(0)))).shape
   codebook = vq.init_codebook(jax.random.key(config.seed), *shape)
+  if start is not None:
+    params, embedding = nnx.state(start), task.codebook(start)[...]
+    codebook = vq.EmaCodebook(jnp.copy(embedding), jnp.ones(len(embedding)), jnp.copy(embedding))
   opt_state = jax.jit(make_optimizer(config).init)(params)
   return graphdef, CodecState(jnp.zeros((), jnp.int32), params, opt_state, codebook)
 
 
 def train_step(
   state: CodecState,
-  batch: Array,
+  batch: Any,
   *,
   graphdef: nnx.GraphDef,
   task: CodecTask,
@@ -129,7 +137,8 @@ def train_step(
     quantise = state.step >= config.quantise_after
     output = codec.render(jnp.where(quantise, vq.straight_through(z, quantised), z))
     metrics = task.losses(output, inputs) | {"commitment": vq.commitment_loss(z, quantised)}
-    metrics["loss"] += config.commitment * metrics["commitment"]
+    metrics["regular"] = task.regularise(z, batch)
+    metrics["loss"] += config.commitment * metrics["commitment"] + metrics["regular"]
     return metrics["loss"], (z, codes, metrics)
 
   (_, (z, codes, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -156,18 +165,21 @@ def to_codec(graphdef: nnx.GraphDef, task: CodecTask, state: CodecState) -> nnx.
   return codec
 
 
-def fit(task: CodecTask, config: CodecTrainingConfig, workdir: str) -> nnx.Module:
+def fit(
+  task: CodecTask, config: CodecTrainingConfig, workdir: str, start: nnx.Module | None = None
+) -> nnx.Module:
   """Trains (or goes on training) a codec and returns it.
 
   Args:
     task: the codec and its data.
     config: training options.
     workdir: folder of the checkpoints.
+    start: codec to go on from, instead of random parameters.
 
   Raises:
     FloatingPointError: if the loss stops being finite; the last checkpoint stays as it was.
   """
-  graphdef, state = init_state(task, config)
+  graphdef, state = init_state(task, config, start)
   step_fn = jax.jit(
     functools.partial(train_step, graphdef=graphdef, task=task, config=config), donate_argnums=0
   )

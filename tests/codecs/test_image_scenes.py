@@ -1,0 +1,52 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aromni_jax import pictotalk
+from aromni_jax.codecs.image_scenes import TwinScenes
+from aromni_jax.codecs.train_image import twin_loss
+
+
+def source(seed=0, **options):
+  captions = pictotalk.captions("tiny", "train")
+  return TwinScenes(captions, **({"batch_size": 6, "grid": 8, "seed": seed} | options))
+
+
+def test_pictures_are_a_function_of_seed_and_step():
+  first = source()(3)["pictures"]
+  assert first.shape == (6, 64, 64, 3) and first.dtype == np.uint8
+  np.testing.assert_array_equal(first, source()(3)["pictures"])
+  assert (first != source(seed=1)(3)["pictures"]).any()
+  assert (first != source()(4)["pictures"]).any()
+
+
+def test_twins_differ_in_colour_alone():
+  batch = source()(0)
+  scenes, twins = np.split(batch["pictures"].astype(int), 2)
+  for scene, twin, covered in zip(scenes, twins, batch["covered"].reshape(-1, 8, 8), strict=True):
+    cells = covered.repeat(8, 0).repeat(8, 1)
+    background = (scene[0, 0] - twin[0, 0])[None]
+    assert np.abs(background).sum() > 0
+    assert 0 < covered.sum() < 64
+    # Where nothing covers them, twins differ by their backgrounds; glyphs are the same in both.
+    empty = (scene - twin)[~cells] - background
+    assert np.abs(empty).mean() < 1
+    assert (scene == twin).all(-1)[cells].any() and not (scene == twin).all(-1)[~cells].any()
+
+
+def test_twin_loss_is_zero_for_equal_cells_and_knows_no_scale():
+  rng = np.random.default_rng(0)
+  z = jnp.asarray(rng.normal(size=(4, 2, 2, 3)), jnp.float32)
+  covered = jnp.array([[True, False, False, True], [False, False, True, False]])
+  one = float(twin_loss(z, covered))
+  assert one > 0.1 and float(twin_loss(10 * z, covered)) == pytest.approx(one, rel=1e-5)
+  flat = z.reshape(2, 2, 4, 3)
+  same = flat.at[1].set(jnp.where(covered[..., None], flat[0], flat[1]))
+  assert float(twin_loss(same.reshape(z.shape), covered)) == 0
+
+
+def test_wrong_sources_are_named():
+  with pytest.raises(ValueError, match="batch_size 3 is odd"):
+    source(batch_size=3)
+  with pytest.raises(ValueError, match="have one colour each"):
+    TwinScenes([pictotalk.Caption(1, "dog", "red")], batch_size=2, grid=8, seed=0)
