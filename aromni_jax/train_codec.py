@@ -22,6 +22,8 @@ from aromni_jax.codecs.training import CodecTask, CodecTrainingConfig, fit
 from aromni_jax.vocabulary import get_vocabulary
 
 _SETS = ("base", "new_objects")  # codecs are general: only the decoder never sees new objects
+_IMAGE_CODES = 256  # codes that stay of 1024
+_MERGE_BATCHES = 64  # of pictures whose vectors choose them
 _VOICES = ("f2", "f5", "m2")
 
 # How the shipped codecs are trained.
@@ -65,6 +67,11 @@ def main(argv: list[str]) -> None:
   name = f"{_CODEC.value}_codec"
   start = model_dir.load_codec(_START.value, name) if _START.value else None
   codec = fit(task, config, _WORKDIR.value, start)
+  if _CODEC.value == "image":
+    pictures = np.concatenate(
+      [task.batch_at(config.num_steps + i)["pictures"] for i in range(_MERGE_BATCHES)]
+    )
+    train_image.merge_codes(codec, pictures, _IMAGE_CODES)
   out = pathlib.Path(_OUT.value)
   if not (out / "model.json").exists():
     model_dir.create(out, get_vocabulary("demo"), "paper")

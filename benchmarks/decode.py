@@ -17,7 +17,7 @@ from flax import nnx
 from aromni_jax.decoding.engine import Engine
 from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.models.config import DecoderConfig
-from aromni_jax.vocabulary import Vocabulary
+from aromni_jax.vocabulary import SPECIAL_NAMES, Vocabulary
 from benchmarks import peer
 
 _RUNS = flags.DEFINE_integer("runs", 3, "Measured runs of each.")
@@ -56,7 +56,7 @@ VOCABULARY = Vocabulary(
   speech=range(12288, 16384),
   image_length=1024,
   speech_rate=40,
-  **{name: i for i, name in enumerate(_SPECIAL)},
+  **{name: i for i, name in enumerate(SPECIAL_NAMES)},
 )
 
 

@@ -2,10 +2,10 @@
 
   python -m benchmarks.train_step
 
-Both train the same shapes on the same samples, whose lengths are log-uniform from 64 to 512. We pack
-samples into rows; the peer pads every batch to its longest sample, as AR-Omni's code does. A step is
-forward, backward, clipping and Adam. Steps alternate between the two, so that both see the same
-machine; the figures are sums over all of them.
+Both train the same shapes on the same samples, whose lengths are log-uniform from 64 to 512. We
+pack samples into rows; the peer pads every batch to its longest sample, as AR-Omni's code does. A
+step is forward, backward, clipping and Adam. Steps alternate between the two, so that both see the
+same machine; the figures are sums over all of them.
 """
 
 import dataclasses

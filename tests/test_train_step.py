@@ -133,9 +133,7 @@ def test_learning_rate_schedules():
 def test_similar_codes_start_alike():
   state = train_step.init_state(MODEL, make_optimizer(OptimizerConfig()), 8, jax.random.key(0))
   table = TABLE.at[1].set(TABLE[0] + 0.01)  # codes 0 and 1 are nearly the same
-  state = train_step.embed_codebooks(
-    state, {VOCABULARY.image: table}, 0.3, 0.02, jax.random.key(1)
-  )
+  state = train_step.embed_codebooks(state, {VOCABULARY.image: table}, 0.3, 0.02, jax.random.key(1))
   decoder, start = state.params["decoder"], VOCABULARY.image.start
   for rows, std, ratio in (
     (decoder["embedding"][...], 0.3, 0.3),
