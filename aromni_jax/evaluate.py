@@ -30,12 +30,10 @@ _EXAMPLES = flags.DEFINE_integer("examples", 8, "Captions whose responses are ke
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
-  try:
+  with logs.clear_errors():
     items = tasks.load_items(_DATA_DIR.value, _CONFIG.value, _SPLIT.value, _LIMIT.value)
     model = model_dir.load_model(_MODEL.value)
     figures, answered = tasks.evaluate(model, items, preset=_CONFIG.value, seed=_SEED.value)
-  except (ValueError, FileNotFoundError, ImportError) as e:
-    raise app.UsageError(str(e)) from e
   out = pathlib.Path(_OUT.value)
   examples = tasks.write_examples(
     out.with_name(out.stem + "_examples"), model, items, answered, _EXAMPLES.value

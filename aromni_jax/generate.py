@@ -11,6 +11,7 @@ speech to --out (.png or .wav; a folder takes everything).
 """
 
 import pathlib
+import sys
 
 from absl import app, flags
 
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> None:
   _check_out(_TASK.value, _OUT.value)
   request = Request(_TASK.value, _TEXT.value, _IMAGE.value, _SPEECH.value, _INSTRUCTION.value)
   sampler = Sampler(_TEMPERATURE.value, _TOP_P.value)
-  try:
+  with logs.clear_errors():
     model = model_dir.load_model(_MODEL.value)
     (response,) = generate_batch(
       model,
@@ -47,8 +48,6 @@ def main(argv: list[str]) -> None:
       samplers={name: sampler for name in ("text", "speech", "image")},
       max_new_tokens=_MAX_NEW_TOKENS.value,
     )
-  except (ValueError, OSError) as e:
-    raise app.UsageError(str(e)) from e
   for label, text in (("heard: ", response.transcript), ("", response.text)):
     if text is not None:
       print(label + text)
@@ -62,10 +61,10 @@ def _check_out(task: str, out: str | None) -> None:
   needed = [media[part] for part in OUTPUTS[task] if part in media]
   suffix = pathlib.Path(out).suffix if out else None
   if needed and out is None:
-    raise app.UsageError(f"--out is missing: {task} gives a {' and a '.join(needed)} file")
+    sys.exit(f"error: --out is missing: {task} gives a {' and a '.join(needed)} file")
   if suffix and (len(needed) > 1 or (needed and suffix != needed[0])):
     wanted = "a folder" if len(needed) > 1 else f"a {needed[0]} file or a folder"
-    raise app.UsageError(f"--out={out}: {task} needs {wanted}")
+    sys.exit(f"error: --out={out}: {task} needs {wanted}")
 
 
 def run() -> None:

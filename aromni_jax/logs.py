@@ -1,6 +1,8 @@
-"""What jobs log: our own lines and every warning, not the libraries' progress."""
+"""What jobs say: our own lines, every warning, and errors as one clear message."""
 
+import contextlib
 import os
+import sys
 
 from absl import logging
 
@@ -18,3 +20,12 @@ def _is_ours(record) -> bool:
   return record.levelno > logging.converter.absl_to_standard(logging.INFO) or any(
     name in folders for name in _OURS
   )
+
+
+@contextlib.contextmanager
+def clear_errors():
+  """Ends the program with the message alone if something expected goes wrong: no stack of calls."""
+  try:
+    yield
+  except (ValueError, OSError, ImportError, FloatingPointError) as e:
+    sys.exit(f"error: {e}")

@@ -22,13 +22,11 @@ _OUT = flags.DEFINE_string("out", None, "HTML file to write.")
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
-  try:
+  with logs.clear_errors():
     files = report_page.names_and_paths(_EVALUATIONS.value)
     evaluations = {name: json.loads(path.read_text()) for name, path in files.items()}
     folders = {name: path.parent for name, path in files.items()}
     text = report_page.page(evaluations, folders, report_page.names_and_paths(_RUNS.value))
-  except (ValueError, FileNotFoundError) as e:
-    raise app.UsageError(str(e)) from e
   out = pathlib.Path(_OUT.value)
   out.parent.mkdir(parents=True, exist_ok=True)
   out.write_text(text)

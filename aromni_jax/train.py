@@ -23,9 +23,10 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   from aromni_jax import train_loop  # after the flags: it starts the devices
 
-  config = to_dataclass(TrainConfig, _CONFIG.value.to_dict())
-  logging.info("Training %d parameters.", config.model.num_params())
-  train_loop.train(config, _WORKDIR.value)
+  with logs.clear_errors():
+    config = to_dataclass(TrainConfig, _CONFIG.value.to_dict())
+    logging.info("Training %d parameters.", config.model.num_params())
+    train_loop.train(config, _WORKDIR.value)
 
 
 def run() -> None:

@@ -60,10 +60,8 @@ def main(argv: list[str]) -> None:
     _CONFIGS[_CODEC.value], **{k: v for k, v in options.items() if v is not None}
   )
   make_task = {"image": image_task, "speech": speech_task}[_CODEC.value]
-  try:
+  with logs.clear_errors():
     task = make_task(config)
-  except (FileNotFoundError, ImportError) as e:
-    raise app.UsageError(str(e)) from e
   name = f"{_CODEC.value}_codec"
   start = model_dir.load_codec(_START.value, name) if _START.value else None
   codec = fit(task, config, _WORKDIR.value, start)

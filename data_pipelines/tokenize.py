@@ -159,8 +159,9 @@ _MODEL = flags.DEFINE_string("model", None, "Model directory with codecs; the sh
 
 def main(argv: list[str]) -> None:
   del argv
-  out = _OUT.value or os.path.join(_DATA_DIR.value, f"tokens_{_CONFIG.value}")
-  manifest = tokenise(_DATA_DIR.value, _CONFIG.value, out, model_dir.load_model(_MODEL.value))
+  with logs.clear_errors():
+    out = _OUT.value or os.path.join(_DATA_DIR.value, f"tokens_{_CONFIG.value}")
+    manifest = tokenise(_DATA_DIR.value, _CONFIG.value, out, model_dir.load_model(_MODEL.value))
   for split, counts in manifest["splits"].items():
     logging.info("%s: %d samples, %d tokens", split, counts["samples"], counts["tokens"])
 

@@ -1,0 +1,154 @@
+"""The shipped model, used as its users do."""
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from aromni_jax import model_dir, pictotalk
+from aromni_jax.codecs import audio
+from aromni_jax.inference import Request, generate_batch, make_prompts, write_response
+from aromni_jax.prompts import INPUTS, OUTPUTS
+from data_pipelines import espeak
+
+ROOT = pathlib.Path(__file__).parents[1]
+TEXT = "two dogs on blue"  # a training caption: this is no place to measure quality
+
+
+@pytest.fixture(scope="module")
+def model():
+  return model_dir.load_model()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("inputs")
+  Image.fromarray(pictotalk.draw_scene(pictotalk.Caption(2, "dog", "blue"), 0)).save(
+    folder / "dogs.png"
+  )
+  (clip,) = espeak.synthesise("f5", [TEXT])
+  audio.write_wav(folder / "dogs.wav", clip.astype(np.float32) / 32768, 16000)
+  return {"text": TEXT, "image": folder / "dogs.png", "speech": folder / "dogs.wav"}
+
+
+@pytest.fixture(scope="module")
+def responses(model, files):
+  requests = [Request(t, **{n: files[n] for n in names}) for t, names in INPUTS.items()]
+  return dict(zip(INPUTS, generate_batch(model, requests), strict=True))
+
+
+@pytest.mark.parametrize("task", INPUTS)
+def test_every_task_gives_its_parts(responses, task):
+  response = responses[task]
+  for part in ("text", "image", "speech"):
+    assert (getattr(response, part) is not None) == (part in OUTPUTS[task])
+  assert (response.transcript is not None) == (task == "dialogue")
+  if response.image is not None:
+    assert response.image.shape == (64, 64, 3) and response.image.dtype == np.uint8
+  if response.speech is not None:
+    assert 0.2 < len(response.speech) / 16000 < 6 and np.abs(response.speech).max() > 0.05
+
+
+def test_the_shipped_model_hears_and_says_what_it_was_trained_on(model, responses):
+  assert responses["speech_to_text"].text == TEXT
+  assert responses["dialogue"].transcript == TEXT
+  said = responses["text_to_speech"].speech
+  (heard,) = generate_batch(model, [Request("speech_to_text", speech=said)])
+  assert heard.text == TEXT
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1"])
+def test_pictures_of_any_mode_and_size(model, files, tmp_path, mode):
+  path = tmp_path / "x.png"
+  Image.open(files["image"]).convert(mode).resize((90, 40)).save(path)
+  (prompt,) = make_prompts(model, [Request("image_caption", image=path)])
+  kinds = model.vocabulary.modality_of(prompt)
+  assert (kinds == 1).sum() == model.vocabulary.image_length
+
+
+@pytest.mark.parametrize("subtype, channels, rate", [("PCM_U8", 2, 8000), ("FLOAT", 1, 48000)])
+def test_sounds_of_any_kind(model, files, tmp_path, subtype, channels, rate):
+  wav = audio.resample(soundfile.read(files["speech"])[0], 16000, rate)
+  soundfile.write(tmp_path / "x.wav", np.stack([wav] * channels, 1), rate, subtype=subtype)
+  (a,), (b,) = (
+    make_prompts(model, [Request("speech_to_text", speech=p)])
+    for p in (tmp_path / "x.wav", files["speech"])
+  )
+  assert len(a) == len(b)
+
+
+def test_responses_are_written_to_files_and_folders(responses, tmp_path):
+  write_response(responses["dialogue"], tmp_path / "folder", 16000)
+  assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == [
+    "image.png",
+    "speech.wav",
+    "text.txt",
+  ]
+  write_response(responses["text_to_speech"], tmp_path / "x.wav", 16000)
+  assert soundfile.info(tmp_path / "x.wav").samplerate == 16000
+
+
+@pytest.mark.parametrize(
+  "request_, message",
+  [
+    (Request("sing", text="a"), "task 'sing' does not exist; expected one of"),
+    (Request("text_to_image"), "text_to_image takes text; got nothing"),
+    (Request("speech_to_text", text="a"), "speech_to_text takes speech; got text"),
+    (Request("text_to_image", text=""), "needs as input text, but it is empty"),
+    (Request("image_caption", image="none.png"), "none.png"),
+    (Request("speech_to_text", speech="none.wav"), "sound none.wav does not exist"),
+  ],
+)
+def test_wrong_requests_are_named(model, request_, message):
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
+    generate_batch(model, [request_])
+
+
+def test_unreadable_files_are_named(model, tmp_path):
+  broken = tmp_path / "broken"
+  for content in (b"", b"not a picture or a sound"):
+    broken.write_bytes(content)
+    for request in (
+      Request("image_caption", image=broken),
+      Request("speech_to_text", speech=broken),
+    ):
+      with pytest.raises(ValueError, match="broken"):
+        generate_batch(model, [request])
+
+
+def test_a_prompt_longer_than_the_cache_is_refused(model):
+  with pytest.raises(ValueError, match="exceed the cache of 4096 positions; shorten the input"):
+    generate_batch(model, [Request("text_to_image", text="dogs " * 5000)])
+
+
+def aromni(*args):
+  return subprocess.run(
+    [sys.executable, "-m", "aromni_jax.cli", "generate", *args],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_command_line(files, tmp_path):
+  done = aromni("--task=speech_to_text", f"--speech={files['speech']}")
+  assert done.returncode == 0 and done.stdout.strip() == TEXT, done.stderr[-1000:]
+  out = tmp_path / "x.png"
+  done = aromni("--task=text_to_image", f"--text={TEXT}", f"--out={out}")
+  assert done.returncode == 0 and Image.open(out).size == (64, 64)
+
+
+def test_command_line_errors():
+  done = aromni("--task=text_to_image", "--text=a")
+  assert done.returncode != 0 and "--out is missing: text_to_image gives a .png" in done.stderr
+  done = aromni("--task=text_to_image", "--text=a", "--out=x.wav")
+  assert done.returncode != 0 and "needs a .png file or a folder" in done.stderr
+  done = aromni("--task=image_caption", "--image=none.png")
+  assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ")
+  assert "Traceback" not in done.stderr
+  done = aromni("--task=sing")
+  assert done.returncode != 0 and "image_caption" in done.stderr
