@@ -10,14 +10,14 @@ speech_to_image, text_to_text, dialogue, image_to_speech. Text goes to the scree
 speech to --out (.png or .wav; a folder takes everything).
 """
 
+import dataclasses
 import pathlib
 import sys
 
 from absl import app, flags
 
 from aromni_jax import logs, model_dir
-from aromni_jax.decoding.sampling import Sampler
-from aromni_jax.inference import Request, generate_batch, write_response
+from aromni_jax.inference import SAMPLERS, Request, generate_batch, write_response
 from aromni_jax.prompts import INPUTS, OUTPUTS
 
 _TASK = flags.DEFINE_enum("task", None, list(INPUTS), "What to do.")
@@ -28,8 +28,12 @@ _INSTRUCTION = flags.DEFINE_string("instruction", None, "What to do, in words; o
 _OUT = flags.DEFINE_string("out", None, "File (.png, .wav, .txt) or folder for the response.")
 _MODEL = flags.DEFINE_string("model", None, "Model directory; the shipped one if none.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the samplers.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest ids.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Share of the probability mass that is sampled from.")
+_TEMPERATURE = flags.DEFINE_float(
+  "temperature",
+  None,
+  "0 takes the likeliest ids; by default only pictures are sampled.",
+)
+_TOP_P = flags.DEFINE_float("top_p", None, "Share of the probability mass that is sampled from.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "Budget of the response in ids.")
 
 
@@ -38,14 +42,15 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   _check_out(_TASK.value, _OUT.value)
   request = Request(_TASK.value, _TEXT.value, _IMAGE.value, _SPEECH.value, _INSTRUCTION.value)
-  sampler = Sampler(_TEMPERATURE.value, _TOP_P.value)
+  chosen = {"temperature": _TEMPERATURE.value, "top_p": _TOP_P.value}
+  chosen = {k: v for k, v in chosen.items() if v is not None}
   with logs.clear_errors():
     model = model_dir.load_model(_MODEL.value)
     (response,) = generate_batch(
       model,
       [request],
       seed=_SEED.value,
-      samplers={name: sampler for name in ("text", "speech", "image")},
+      samplers={name: dataclasses.replace(s, **chosen) for name, s in SAMPLERS.items()},
       max_new_tokens=_MAX_NEW_TOKENS.value,
     )
   for label, text in (("heard: ", response.transcript), ("", response.text)):

@@ -1,0 +1,55 @@
+"""Commands in README and docs name jobs, flags, modules, files and make targets that exist."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from aromni_jax.cli import JOBS
+from configs import demo
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [ROOT / "launch/demo.sh", ROOT / "launch/weights.sh"]
+TEXT = "\n".join(p.read_text() for p in PAGES).replace("\\\n", " ")
+
+
+def flags_of(module):
+  done = subprocess.run(
+    [sys.executable, "-m", module, "--helpfull"], cwd=ROOT, capture_output=True, text=True
+  )
+  return set(re.findall(r"--\[?(?:no\])?(\w+)", done.stdout))
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_flags_of_jobs_exist(job):
+  lines = re.findall(rf"aromni(?:_jax\.| ){job} ([^\n`|]*)", TEXT)
+  used = {flag for line in lines for flag in re.findall(r"--(\w+)", line)}
+  assert used, f"no page shows aromni {job}"
+  assert used <= flags_of(f"aromni_jax.{job}")
+
+
+@pytest.mark.parametrize("module", ["build_pictotalk", "tokenize", "train_text"])
+def test_flags_of_pipelines_exist(module):
+  lines = re.findall(rf"data_pipelines\.{module} ([^\n`|]*)", TEXT)
+  used = {flag for line in lines for flag in re.findall(r"--(\w+)", line)}
+  assert used and used <= flags_of(f"data_pipelines.{module}")
+
+
+def test_named_jobs_targets_and_files_exist():
+  assert set(re.findall(r"^ +aromni (\w+) ", TEXT, re.M)) <= set(JOBS)
+  targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+  assert set(re.findall(r"(?:^ +|`)make ([a-z-]+)", TEXT, re.M)) <= targets
+  for argument in re.findall(r"configs/demo\.py:(\w+)", TEXT):
+    assert argument in demo.ARGUMENTS
+  for path in re.findall(r"`((?:aromni_jax|configs|launch|docs|codecs|data)/[\w/.]+)`", TEXT):
+    assert (ROOT / path).exists() or (ROOT / "aromni_jax" / path).exists(), path
+
+
+def test_readme_python_runs():
+  (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+  scope = {}
+  exec(code, scope)  # the README's own lines
+  assert scope["response"].image.shape == (64, 64, 3)
