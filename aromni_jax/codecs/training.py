@@ -111,7 +111,8 @@ def init_state(
   shape = task.codebook(nnx.eval_shape(lambda: task.make(nnx.Rngs(0)))).shape
   codebook = vq.init_codebook(jax.random.key(config.seed), *shape)
   if start is not None:
-    params, embedding = nnx.state(start), task.codebook(start)[...]
+    # Copies, since the training gives its buffers away.
+    params, embedding = jax.tree.map(jnp.copy, nnx.state(start)), task.codebook(start)[...]
     codebook = vq.EmaCodebook(jnp.copy(embedding), jnp.ones(len(embedding)), jnp.copy(embedding))
   opt_state = jax.jit(make_optimizer(config).init)(params)
   return graphdef, CodecState(jnp.zeros((), jnp.int32), params, opt_state, codebook)
