@@ -21,30 +21,30 @@ from aromni_jax.vocabulary import TASKS, get_vocabulary
 
 VOCABULARY = get_vocabulary("demo")
 TEXT = SentencePieceText(model_dir.SHIPPED / "text.model", VOCABULARY)
-WORDS = st.lists(
-  st.sampled_from(["one", "two", "dogs", "volcano", "on", "blue", "Zürich", "7"]), min_size=1
-)
+WORDS = ("one", "two", "dogs", "volcano", "on", "blue", "Zürich", "7")
 
 
-@st.composite
-def parts(draw, names):
+def random_parts(rng, names):
   values = {}
   for name in names:
     if name == "image":
-      values[name] = np.array(draw(st.lists(st.integers(0, 1023), min_size=64, max_size=64)))
+      values[name] = rng.integers(0, 1024, 64)
     elif name == "speech":
-      values[name] = np.array(draw(st.lists(st.integers(0, 1023), min_size=1, max_size=80)))
+      values[name] = rng.integers(0, 1024, rng.integers(1, 80))
     else:
-      values[name] = " ".join(draw(WORDS))
+      values[name] = " ".join(rng.choice(WORDS, rng.integers(1, 6)))
   return Parts(**values)
 
 
-@settings(max_examples=60, deadline=None)
-@given(data=st.data(), task=st.sampled_from(TASKS), recipe=st.sampled_from(RECIPES))
-def test_every_sample_parses_back_into_its_parts(data, task, recipe):
-  inputs = data.draw(parts(INPUTS[task]))
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("task", TASKS)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_every_sample_parses_back_into_its_parts(task, recipe, seed):
+  rng = np.random.default_rng(seed)
+  inputs = random_parts(rng, INPUTS[task])
   extra = ("transcript",) if task == "dialogue" else ()
-  response = data.draw(parts(OUTPUTS[task] + extra))
+  response = random_parts(rng, OUTPUTS[task] + extra)
   sample = make_sample(
     task, VOCABULARY, TEXT, recipe=recipe, inputs=inputs, response=response, key="k"
   )
