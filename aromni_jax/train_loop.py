@@ -226,7 +226,7 @@ class _Clock:
   """Progress and speed of a run."""
 
   def __init__(self, config: TrainConfig, step: int):
-    self._config, self._began, self._first = config, time.time(), None
+    self._config, self._began = config, time.time()
     self._start = step
     self._tokens, self._since = 0.0, time.time()
 

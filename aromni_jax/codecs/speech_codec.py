@@ -11,7 +11,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from aromni_jax.codecs import params as codec_params
@@ -404,8 +403,3 @@ def from_params(config: SpeechCodecConfig, params: dict) -> SpeechCodec:
   return codec_params.from_params(
     lambda rngs: SpeechCodec(config, rngs=rngs), params, "speech codec"
   )
-
-
-def to_int16(wav: Array | np.ndarray) -> np.ndarray:
-  """Returns 16-bit samples of sound in [-1, 1], clipped."""
-  return np.round(np.clip(np.asarray(wav, np.float32), -1.0, 1.0) * 32767).astype(np.int16)

@@ -11,6 +11,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import logging
 
 from aromni_jax.data.batch import Batch
 from aromni_jax.data.loss_weights import LossWeightConfig, loss_weights
@@ -76,13 +77,14 @@ class RowPlan:
   def __init__(self, lengths: np.ndarray, tasks: np.ndarray, config: DataConfig):
     self.lengths, self.config = lengths, config
     long = np.flatnonzero(lengths > config.sequence_length)
-    self.dropped = len(long)
     if len(long) and config.long_samples == "error":
       raise ValueError(
         f"{len(long)} samples of {config.shards} ({config.split}) are longer than "
         f"data.sequence_length {config.sequence_length}: record {long[0]} has {lengths[long[0]]} "
         "tokens; raise data.sequence_length or set data.long_samples=drop"
       )
+    if len(long):
+      logging.warning("Leaving out %d samples of %s that are too long.", len(long), config.shards)
     fits = lengths <= config.sequence_length
     self._pools = self._make_pools(tasks, fits)
     if not sum(len(pool) for pool, _ in self._pools):

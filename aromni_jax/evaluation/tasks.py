@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,6 @@ REPLY_VOICES = ("f2", "f5")  # spoken in training
 UNSEEN_VOICE = "f3"
 
 Scores = dict[str, float]
-Scorer = Callable[[Sequence[Any], Sequence[Any]], Scores]
 
 
 @dataclasses.dataclass(frozen=True)
