@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from aromni_jax import checkpoint
 from aromni_jax.codecs import image_vq, speech_codec
@@ -150,14 +151,21 @@ def load_decoder(directory: str | pathlib.Path) -> decoder_lib.Decoder:
 def export(
   directory: str | pathlib.Path, source: str | pathlib.Path, decoder: nnx.Module, dtype: str
 ) -> None:
-  """Writes a model directory: the codecs, text model and recipe of `source`, a new decoder."""
+  """Writes a model directory: the codecs, text model and recipe of `source`, a new decoder.
+
+  Every process of a run calls it; the first one alone writes what is not sharded.
+  """
   path, source = pathlib.Path(directory), pathlib.Path(source)
   partial = path.with_name(path.name + ".partial")
-  shutil.rmtree(partial, ignore_errors=True)
-  shutil.copytree(source, partial, ignore=shutil.ignore_patterns("decoder"))
+  if jax.process_index() == 0:
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, ignore=shutil.ignore_patterns("decoder"))
+  multihost_utils.sync_global_devices("model directory is copied")
   save_decoder(partial, decoder, dtype)
-  shutil.rmtree(path, ignore_errors=True)
-  partial.rename(path)
+  if jax.process_index() == 0:
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
+  multihost_utils.sync_global_devices("model directory is whole")
 
 
 def fingerprint(config: dict[str, Any], params: dict) -> str:
@@ -254,6 +262,8 @@ def _in_batches(run, rows: np.ndarray, batch_size: int) -> np.ndarray:
 
 
 def _update(path: pathlib.Path, entries: dict[str, Any]) -> None:
+  if jax.process_index() != 0:
+    return
   file = path / "model.json"
   info = json.loads(file.read_text()) if file.is_file() else {}
   partial = file.with_suffix(".partial")

@@ -43,6 +43,11 @@ def train(config: TrainConfig, workdir: str) -> nnx.Module:
       f"config.model.vocab_size is {config.model.vocab_size}, but the vocabulary of {base.path} "
       f"has {base.vocabulary.size} ids"
     )
+  if config.max_minutes and jax.process_count() > 1:
+    raise ValueError(
+      f"config.max_minutes is {config.max_minutes}, but the clocks of {jax.process_count()} "
+      "processes differ; use config.num_steps"
+    )
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
   with jax.set_mesh(mesh):
     return _Run(config, workdir, base, mesh).run()

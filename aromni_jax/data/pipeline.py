@@ -197,7 +197,8 @@ class TrainIterator:
     return Batch(**next(self._iterator))
 
   def get_state(self) -> dict[str, Any]:
-    """Returns a JSON-ready dict: the position after the batches handed out so far."""
+    """Returns a JSON-ready dict: the position after the batches handed out so far, the same for
+    every number of processes."""
     return self._iterator.get_state()
 
   def set_state(self, state: dict[str, Any]) -> None:
@@ -228,6 +229,7 @@ def make_train_iterator(
   """
   shards = TokenShards(config.shards, config.split, vocabulary, codecs)
   rows = PackedRows(shards, config, vocabulary, batch_size, process_index, process_count)
-  options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=8 * config.threads)
-  dataset = grain.MapDataset.source(rows).to_iter_dataset(options)
-  return TrainIterator(dataset.batch(batch_size // process_count))
+  # Batches are made before Grain counts, so a position is a step, whatever the number of processes.
+  dataset = grain.MapDataset.source(rows).batch(batch_size // process_count)
+  options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=4 * config.threads)
+  return TrainIterator(dataset.to_iter_dataset(options))

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -78,17 +79,23 @@ def test_processes_read_the_parts_of_one_batch(shards):
     batches(config, process_count=3)
 
 
-def test_resume_is_exact(shards):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_resume_is_exact(shards, processes):
   config = DataConfig(str(shards))
   whole = batches(config, count=6)
   first = make_train_iterator(config, VOCABULARY, batch_size=4)
   for _ in range(3):
     next(first)
   state = json.loads(json.dumps(first.get_state()))
-  second = make_train_iterator(config, VOCABULARY, batch_size=4)
-  second.set_state(state)
+  rest = [
+    make_train_iterator(config, VOCABULARY, batch_size=4, process_index=i, process_count=processes)
+    for i in range(processes)
+  ]
+  for iterator in rest:
+    iterator.set_state(state)
   for want in whole[3:]:
-    assert_equal(want, next(second))
+    parts = [next(iterator) for iterator in rest]
+    assert_equal(want, jax.tree.map(lambda *x: np.concatenate(x), *parts))
 
 
 @pytest.mark.parametrize("unit", ["tokens", "samples"])
