@@ -16,7 +16,7 @@ from flax import nnx
 from aromni_jax.decoding import sampling
 from aromni_jax.decoding.sampling import Sampler
 from aromni_jax.decoding.state_machine import SAMPLERS, StateMachine, compile_machine
-from aromni_jax.models.decoder import Cache, Decoder, init_cache
+from aromni_jax.models.decoder import Cache, Decoder, init_cache, unroll
 from aromni_jax.vocabulary import Vocabulary
 
 Array = jax.Array
@@ -42,7 +42,7 @@ class Engine:
   """Generates responses that always parse.
 
   Args:
-    decoder: the model.
+    decoder: the model; its layers' parameters are copied.
     vocabulary: its id space.
     samplers: "text", "speech" and "image" -> how ids of that kind are drawn; greedy by default.
     max_length: positions of the cache, prompt and response together.
@@ -69,7 +69,7 @@ class Engine:
     }
     self._stochastic = any(s.temperature > 0 for s in chosen)
     self._penalised = any(s.repetition_penalty != 1 for s in chosen)
-    self._graphdef, self._params = nnx.split(decoder)
+    self._graphdef, self._params = nnx.split(unroll(decoder))
     self._config = decoder.config
     self._prefill = jax.jit(self._prefill_fn, static_argnames=("cache_length", "max_new_tokens"))
     self._advance = jax.jit(self._advance_fn, static_argnames=("steps",), donate_argnums=1)

@@ -45,21 +45,22 @@ def attention(
   mask = jnp.tril(jnp.ones((length, length), bool))[None]
   if segment_ids is not None:
     mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
-  return masked_attention(q, k, v, mask)
+  return masked_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
 
 
 def masked_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
   """Attention under an explicit mask: what the XLA backend and the cached step use.
 
   Args:
-    q: [B, T, N, H]. k, v: [B, S, K, H]. mask: bool[B, T, S], True where a query sees a key.
+    q: [B, T, N, H]. k, v: [B, K, S, H], as the cache has them: a step reads every head's keys in
+      one piece. mask: bool[B, T, S], True where a query sees a key.
   """
   batch, length, heads, head_dim = q.shape
-  q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], head_dim)
-  scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+  q = q.reshape(batch, length, k.shape[1], heads // k.shape[1], head_dim)
+  scores = jnp.einsum("btkgh,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
   scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, _MASKED)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(batch, length, heads, head_dim)
+  return jnp.einsum("bkgts,bksh->btkgh", weights, v).reshape(batch, length, heads, head_dim)
 
 
 def _choose(q: Array) -> str:

@@ -24,25 +24,22 @@ _QK_NORM_EPSILON = 1e-5
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """Keys (after rotation) and values of all layers; slot s holds position s.
+  """Keys (after rotation) and values; slot s holds position s.
 
   Attributes:
-    k, v: [L, B, S, K, H] in the compute dtype.
+    layers: (k, v) of each layer, [B, K, S, H] in the compute dtype. They are apart so that a step
+      writes into them and copies nothing.
   """
 
-  k: Array
-  v: Array
-
-  @property
-  def max_length(self) -> int:
-    return self.k.shape[2]
+  layers: tuple[tuple[Array, Array], ...]
 
 
 def init_cache(config: DecoderConfig, batch_size: int, max_length: int) -> Cache:
   """Returns an empty cache of `max_length` positions for `batch_size` rows."""
-  shape = (config.num_layers, batch_size, max_length, config.num_kv_heads, config.head_dim)
-  zeros = jnp.zeros(shape, config.compute_dtype)
-  return Cache(zeros, zeros)
+  zeros = jnp.zeros(
+    (batch_size, config.num_kv_heads, max_length, config.head_dim), config.compute_dtype
+  )
+  return Cache(((zeros, zeros),) * config.num_layers)
 
 
 class RMSNorm(nnx.Module):
@@ -148,10 +145,10 @@ class Attention(nnx.Module):
     else:
       rows = jnp.arange(batch)[:, None]
       k_all, v_all = (
-        old.at[rows, positions].set(new) for old, new in zip(cache, (k, v), strict=True)
+        old.at[rows, :, positions].set(new) for old, new in zip(cache, (k, v), strict=True)
       )
       cache = k_all, v_all
-      slots = jnp.arange(k_all.shape[1])
+      slots = jnp.arange(k_all.shape[2])
       out = masked_attention(q, k_all, v_all, slots <= positions[..., None])
     return self.out(out.reshape(batch, length, -1)), cache
 
@@ -242,20 +239,30 @@ class Decoder(nnx.Module):
     c = self.config
     x = self.embedding[...][tokens].astype(c.compute_dtype)
     rotary = rotary_angles(positions, c, c.compute_dtype)
-    graphdef, stacked = nnx.split(self.layers)
+    graphdef, layers = self._split_layers()
 
     def body(x, scanned):
       params, layer_cache = scanned
       return nnx.merge(graphdef, params)(x, rotary, positions, segment_ids, layer_cache)
 
-    body = _remat(body, c.remat_policy if cache is None else "none")
-    caches = None if cache is None else (cache.k, cache.v)
-    if c.scan_layers:
-      x, caches = jax.lax.scan(body, x, (stacked, caches))
-    else:
-      x, caches = _unrolled(body, x, (stacked, caches), c.num_layers)
+    if cache is None:
+      body = _remat(body, c.remat_policy)
+      if isinstance(layers, nnx.State) and c.scan_layers:
+        x, _ = jax.lax.scan(body, x, (layers, None))
+        return self.norm(x)
+    caches = []
+    for i in range(c.num_layers):
+      params = _slice(layers, i) if isinstance(layers, nnx.State) else layers[i]
+      x, layer_cache = body(x, (params, cache and cache.layers[i]))
+      caches.append(layer_cache)
     x = self.norm(x)
-    return x if cache is None else (x, Cache(*caches))
+    return x if cache is None else (x, Cache(tuple(caches)))
+
+  def _split_layers(self) -> tuple[nnx.GraphDef, nnx.State | list[nnx.State]]:
+    """A layer's structure and the parameters, stacked [L, ...] or one state per layer."""
+    if isinstance(self.layers, Layer):
+      return nnx.split(self.layers)
+    return nnx.graphdef(self.layers[0]), [nnx.state(layer) for layer in self.layers]
 
   def logits(self, hidden: Array) -> Array:
     """Returns float32[..., V] of hidden states [..., D]."""
@@ -263,12 +270,21 @@ class Decoder(nnx.Module):
     return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
 
 
-def _unrolled(body: Callable, x: Array, scanned, num_layers: int):
-  outputs = []
-  for i in range(num_layers):
-    x, out = body(x, jax.tree.map(lambda leaf, i=i: leaf[i], scanned))
-    outputs.append(out)
-  return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+def _slice(stacked: nnx.State, i: int) -> nnx.State:
+  return jax.tree.map(lambda leaf: leaf[i], stacked)
+
+
+def unroll(decoder: Decoder) -> Decoder:
+  """Returns a decoder with one array per layer and parameter, copies of the stacked ones.
+
+  A loop of steps over stacked parameters would slice, that is copy, all of them in every step.
+  """
+  graphdef, layers = decoder._split_layers()
+  out = nnx.merge(*nnx.split(decoder))
+  out.layers = nnx.List(
+    [nnx.merge(graphdef, _slice(layers, i)) for i in range(decoder.config.num_layers)]
+  )
+  return out
 
 
 def init_params(config: DecoderConfig, key: Array) -> tuple[nnx.GraphDef, nnx.State]:
