@@ -34,6 +34,7 @@ _TEMPERATURE = flags.DEFINE_float(
   "0 takes the likeliest ids; by default only pictures are sampled.",
 )
 _TOP_P = flags.DEFINE_float("top_p", None, "Share of the probability mass that is sampled from.")
+_GUIDANCE = flags.DEFINE_float("guidance", None, "How far a picture moves to its prompt; 1 is off.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "Budget of the response in ids.")
 
 
@@ -45,12 +46,15 @@ def main(argv: list[str]) -> None:
   chosen = {"temperature": _TEMPERATURE.value, "top_p": _TOP_P.value}
   chosen = {k: v for k, v in chosen.items() if v is not None}
   with logs.clear_errors():
+    samplers = {name: dataclasses.replace(s, **chosen) for name, s in SAMPLERS.items()}
+    if _GUIDANCE.value is not None:
+      samplers["image"] = dataclasses.replace(samplers["image"], guidance=_GUIDANCE.value)
     model = model_dir.load_model(_MODEL.value)
     (response,) = generate_batch(
       model,
       [request],
       seed=_SEED.value,
-      samplers={name: dataclasses.replace(s, **chosen) for name, s in SAMPLERS.items()},
+      samplers=samplers,
       max_new_tokens=_MAX_NEW_TOKENS.value,
     )
   for label, text in (("heard: ", response.transcript), ("", response.text)):

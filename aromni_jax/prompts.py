@@ -215,6 +215,12 @@ def make_sample(
   return Sample(tokens, task, len(prompt), key)
 
 
+def without_prompt(sample: Sample) -> Sample:
+  """Returns the sample as bos and its response: what guidance compares a picture with."""
+  tokens = np.concatenate([sample.tokens[:1], sample.tokens[sample.response_start :]])
+  return dataclasses.replace(sample, tokens=tokens, response_start=1)
+
+
 def parse(tokens: np.ndarray, vocabulary: Vocabulary) -> list[Segment]:
   """Splits ids into runs of one modality; every special id is a segment of its own."""
   tokens = np.asarray(tokens, np.int32)

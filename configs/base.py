@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
   d.mixture = ConfigDict()  # task -> weight; empty takes every sample once per epoch
   d.mixture_unit = "tokens"  # weights are shares of tokens | samples
   d.long_samples = "error"  # a sample longer than a row: error | drop
+  d.drop_prompt = 0.0  # share of drawing samples without their prompt, for guidance
   d.window = 1024  # samples that are packed together
   d.seed = 0  # of the order
   d.threads = 2  # reader threads per process

@@ -17,6 +17,7 @@ from aromni_jax.data.batch import Batch
 from aromni_jax.data.loss_weights import LossWeightConfig, loss_weights
 from aromni_jax.data.packing import pack
 from aromni_jax.data.token_shards import TokenShards
+from aromni_jax.prompts import OUTPUTS, without_prompt
 from aromni_jax.vocabulary import TASKS, Vocabulary, task_id
 
 _ENDLESS = 2**40  # rows; Grain asks for a length
@@ -33,6 +34,8 @@ class DataConfig:
     mixture: task -> weight; tasks without one are left out. Empty takes all samples as they are.
     mixture_unit: whether weights are shares of "samples" or of "tokens".
     long_samples: what to do with a sample longer than a row: "error" or "drop".
+    drop_prompt: share of the samples that answer with a picture alone which lose their prompt, so
+      that pictures can be drawn with guidance (Ho and Salimans 2022).
     window: samples that are packed together.
     seed: seed of the order.
     threads: reader threads of this process.
@@ -45,6 +48,7 @@ class DataConfig:
   mixture: Mapping[str, float] = dataclasses.field(default_factory=dict)
   mixture_unit: str = "tokens"
   long_samples: str = "error"
+  drop_prompt: float = 0.0
   window: int = 1024
   seed: int = 0
   threads: int = 2
@@ -57,6 +61,8 @@ class DataConfig:
     }.items():
       if getattr(self, field) not in choices:
         raise ValueError(f"data.{field} {getattr(self, field)!r}; expected one of {choices}")
+    if not 0 <= self.drop_prompt < 1:
+      raise ValueError(f"data.drop_prompt is {self.drop_prompt}; it must be a share, 0 <= x < 1")
     for task, weight in self.mixture.items():
       task_id(task)
       if weight < 0:
@@ -157,11 +163,14 @@ class PackedRows:
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     step, row = divmod(int(index), self.local)
-    samples = self.plan.row(step * self.batch_size + self.offset + row)
+    number = step * self.batch_size + self.offset + row
+    rng = np.random.default_rng([self.config.seed, number])
     out = empty_row(self.config.sequence_length, self.padding)
     at = 0
-    for segment, number in enumerate(samples, 1):
-      sample = self.shards[number]
+    for segment, record in enumerate(self.plan.row(number), 1):
+      sample = self.shards[record]
+      if rng.random() < self.config.drop_prompt and OUTPUTS[sample.task] == ("image",):
+        sample = without_prompt(sample)
       n = len(sample.tokens)
       span = slice(at, at + n)
       out["tokens"][span] = sample.tokens

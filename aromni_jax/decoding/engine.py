@@ -3,6 +3,8 @@
 Prompts are padded on the right to a few lengths; slot s of the cache holds position s, so the
 padding's slots are overwritten before anything can see them. Results do not depend on a row's
 neighbours.
+
+With guidance every row that draws has a twin, which holds bos and the picture so far, nothing else.
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ from aromni_jax.decoding import sampling
 from aromni_jax.decoding.sampling import Sampler
 from aromni_jax.decoding.state_machine import SAMPLERS, StateMachine, compile_machine
 from aromni_jax.models.decoder import Cache, Decoder, init_cache, unroll
+from aromni_jax.prompts import OUTPUTS
 from aromni_jax.vocabulary import Vocabulary
 
 Array = jax.Array
@@ -27,7 +30,10 @@ _SHORTEST_BUCKET = 32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Progress:
-  """What a step changes. hidden: [B, D] at the last id; output: int32[B, new]; seen: bool[B, V]."""
+  """What a step changes.
+
+  hidden: [B, D] at the last id, or [2 B, D] with twins; output: int32[B, new]; seen: bool[B, V].
+  """
 
   cache: Cache
   hidden: Array
@@ -59,6 +65,8 @@ class Engine:
     samplers = dict(samplers or {})
     if unknown := set(samplers) - set(SAMPLERS[:3]):
       raise ValueError(f"no sampler is called {sorted(unknown)}; expected {SAMPLERS[:3]}")
+    if any(s.guidance != 1 for name, s in samplers.items() if name != "image"):
+      raise ValueError("guidance is for pictures; text and speech have none")
     self.vocabulary, self.max_length = vocabulary, max_length
     self.machine: StateMachine = compile_machine(vocabulary)
     chosen = [samplers.get(name, Sampler()) for name in SAMPLERS]
@@ -69,9 +77,12 @@ class Engine:
     }
     self._stochastic = any(s.temperature > 0 for s in chosen)
     self._penalised = any(s.repetition_penalty != 1 for s in chosen)
+    self._guided = any(s.guidance != 1 for s in chosen)
     self._graphdef, self._params = nnx.split(unroll(decoder))
     self._config = decoder.config
-    self._prefill = jax.jit(self._prefill_fn, static_argnames=("cache_length", "max_new_tokens"))
+    self._prefill = jax.jit(
+      self._prefill_fn, static_argnames=("cache_length", "max_new_tokens", "guided")
+    )
     self._advance = jax.jit(self._advance_fn, static_argnames=("steps",), donate_argnums=1)
 
   def generate(
@@ -127,6 +138,7 @@ class Engine:
       self.machine.init_states(list(tasks)),
       cache_length=cache_length,
       max_new_tokens=max_new_tokens,
+      guided=self._guided and any("image" in OUTPUTS[task] for task in tasks),
     )
     ids = np.arange(len(prompts)) if row_ids is None else np.asarray(row_ids)
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.asarray(ids))
@@ -154,14 +166,18 @@ class Engine:
         f"{self.max_length} positions; shorten the input or lower max_new_tokens"
       )
 
-  def _prefill_fn(self, params, tokens, lengths, states, *, cache_length, max_new_tokens):
+  def _prefill_fn(self, params, tokens, lengths, states, *, cache_length, max_new_tokens, guided):
     decoder = nnx.merge(self._graphdef, params)
     batch, width = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
-    cache = init_cache(self._config, batch, cache_length)
-    hidden, cache = decoder(tokens, positions, cache=cache)
-    hidden = hidden[jnp.arange(batch), lengths - 1]
-    real = positions < lengths[:, None]
+    inputs, ends = tokens, lengths - 1
+    if guided:
+      twins = jnp.full_like(tokens, self.vocabulary.pad).at[:, 0].set(self.vocabulary.bos)
+      inputs, ends = jnp.concatenate([tokens, twins]), jnp.concatenate([ends, jnp.zeros_like(ends)])
+    positions = jnp.broadcast_to(jnp.arange(width), inputs.shape)
+    cache = init_cache(self._config, len(inputs), cache_length)
+    hidden, cache = decoder(inputs, positions, cache=cache)
+    hidden = hidden[jnp.arange(len(inputs)), ends]
+    real = positions[:batch] < lengths[:, None]
     seen = jnp.zeros((batch, self.vocabulary.size), bool)
     seen = seen.at[jnp.arange(batch)[:, None], tokens].max(real)
     output = jnp.full((batch, max_new_tokens), self.vocabulary.eos, jnp.int32)
@@ -169,30 +185,39 @@ class Engine:
 
   def _advance_fn(self, params, progress: _Progress, keys: Array, *, steps: int) -> _Progress:
     decoder = nnx.merge(self._graphdef, params)
-    machine, budget = self.machine, progress.output.shape[1]
+    machine, (batch, budget) = self.machine, progress.output.shape
+    guided = len(progress.hidden) > batch
     limit = jnp.minimum(progress.step + steps, budget)
-    rows_index = jnp.arange(len(progress.hidden))
+    rows_index = jnp.arange(batch)
 
     def unfinished(p: _Progress):
       return (p.step < limit) & jnp.any(p.states != machine.done)
 
     def body(p: _Progress) -> _Progress:
       settings = {k: jnp.asarray(v)[p.states] for k, v in self._settings.items()}
-      remaining = jnp.full(len(p.hidden), budget - p.step)
+      remaining = jnp.full(batch, budget - p.step)
+      logits = decoder.logits(p.hidden)
+      if guided:
+        logits = sampling.guide(logits[:batch], logits[batch:], settings["guidance"])
       token = sampling.sample(
-        decoder.logits(p.hidden),
+        logits,
         machine.allowed(p.states, remaining),
         p.seen if self._penalised else None,
         settings,
         jax.vmap(lambda k: jax.random.fold_in(k, p.step))(keys),
         stochastic=self._stochastic,
       )
-      hidden, cache = decoder(token[:, None], (p.lengths + p.step)[:, None], cache=p.cache)
+      states = machine.advance(p.states, token)
+      inputs, positions = token, p.lengths + p.step
+      if guided:  # outside of pictures, a twin's slot 1 takes ids that its boi overwrites
+        slots = jnp.maximum(jnp.asarray(machine.picture_length)[states], 1)
+        inputs, positions = jnp.concatenate([token, token]), jnp.concatenate([positions, slots])
+      hidden, cache = decoder(inputs[:, None], positions[:, None], cache=p.cache)
       seen = p.seen.at[rows_index, token].set(True) if self._penalised else p.seen
       return _Progress(
         cache=cache,
         hidden=hidden[:, 0],
-        states=machine.advance(p.states, token),
+        states=states,
         lengths=p.lengths,
         output=p.output.at[:, p.step].set(token),
         seen=seen,

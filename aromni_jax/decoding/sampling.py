@@ -19,11 +19,14 @@ class Sampler:
     top_p: share of the probability mass that is kept, the likeliest ids first.
     repetition_penalty: ids that stand in the sequence already become less likely (Keskar et al.
       2019); 1 is off.
+    guidance: pictures only: how far the logits move away from those without a prompt (Ho and
+      Salimans 2022); 1 is off.
   """
 
   temperature: float = 0.0
   top_p: float = 1.0
   repetition_penalty: float = 1.0
+  guidance: float = 1.0
 
   def __post_init__(self):
     if self.temperature < 0:
@@ -32,6 +35,19 @@ class Sampler:
       raise ValueError(f"top_p is {self.top_p}; it must be in (0, 1]")
     if self.repetition_penalty <= 0:
       raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be > 0")
+    if self.guidance < 0:
+      raise ValueError(f"guidance is {self.guidance}; it must be >= 0")
+
+
+def guide(logits: Array, unconditional: Array, guidance: Array) -> Array:
+  """Returns u + guidance (c - u), float32[B, V]: away from what would come without a prompt.
+
+  Args:
+    logits: float[B, V], c. unconditional: float[B, V], u. guidance: float32[B].
+  """
+  c, u = logits.astype(jnp.float32), unconditional.astype(jnp.float32)
+  guidance = guidance[:, None]
+  return jnp.where(guidance == 1, c, u + guidance * (c - u))
 
 
 def penalise_repetition(logits: Array, seen: Array, penalty: Array) -> Array:

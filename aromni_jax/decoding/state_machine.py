@@ -38,6 +38,7 @@ class StateMachine:
     cost: int32[S, C + 1], the fewest tokens to the end if a token of that class comes next; huge
       where it is not legal, 0 for the eos that finished rows repeat.
     sampler: int32[S], index into `SAMPLERS`.
+    picture_length: int32[S], ids of a picture that have come before, boi among them; 0 outside.
     start: int32[number of tasks], first state of each task.
     done: the last state.
   """
@@ -46,6 +47,7 @@ class StateMachine:
   next_state: np.ndarray
   cost: np.ndarray
   sampler: np.ndarray
+  picture_length: np.ndarray
   start: np.ndarray
   done: int = 0
 
@@ -89,7 +91,9 @@ def compile_machine(vocabulary: Vocabulary) -> StateMachine:
   for name, special in vocabulary.special_ids.items():
     class_of[special] = CLASSES.index(name)
   sampler = np.array([SAMPLERS.index(s) for s in table.sampler], np.int32)
-  return StateMachine(class_of, next_state, cost, sampler, np.array(start, np.int32), table.done)
+  pictures = np.array(table.picture_length, np.int32)
+  start = np.array(start, np.int32)
+  return StateMachine(class_of, next_state, cost, sampler, pictures, start, table.done)
 
 
 def _response(task: str) -> tuple[str, ...]:
@@ -102,13 +106,14 @@ class _Table:
   """States, built from the end so that chains with equal ends share them.
 
   Attributes:
-    moves: class -> next state, of each state. sampler: of each state.
+    moves: class -> next state, of each state. sampler, picture_length: of each state.
     distance: the fewest tokens from each state to the end.
   """
 
   def __init__(self, image_length: int):
     self.moves: list[dict[str, int]] = []
     self.sampler: list[str] = []
+    self.picture_length: list[int] = []
     self.distance: list[int] = []
     self._image_length = image_length
     self.done = self._add("special", {})
@@ -137,13 +142,14 @@ class _Table:
     return self._special("boa", self._add(name, {name: more}))
 
   def _image(self, name: str, after: int) -> int:
-    state = self._special("eoi", after)
-    for _ in range(self._image_length):
-      state = self._add(name, {name: state})
+    state = self._add("special", {"eoi": after}, self._image_length + 1)
+    for length in range(self._image_length, 0, -1):
+      state = self._add(name, {name: state}, length)
     return self._special("boi", state)
 
-  def _add(self, sampler: str, moves: dict[str, int]) -> int:
+  def _add(self, sampler: str, moves: dict[str, int], picture_length: int = 0) -> int:
     self.moves.append(moves)
     self.sampler.append(sampler)
+    self.picture_length.append(picture_length)
     self.distance.append(1 + min((self.distance[s] for s in moves.values()), default=-1))
     return len(self.moves) - 1

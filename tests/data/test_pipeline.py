@@ -60,6 +60,22 @@ def test_every_sample_once_per_epoch_and_well_packed(shards):
   assert plan.epoch(0) != plan.epoch(1)
 
 
+def test_dropped_prompts_leave_bos_and_the_picture(shards):
+  config = DataConfig(str(shards), mixture={"text_to_image": 1, "speech_to_text": 1})
+  dropped = {"text_to_image": [], "speech_to_text": []}
+  for batch in batches(dataclasses.replace(config, drop_prompt=0.5), count=8):
+    for b in range(4):
+      for segment in range(1, batch.segment_ids[b].max() + 1):
+        at = np.flatnonzero(batch.segment_ids[b] == segment)
+        without = batch.tokens[b, at[1]] == VOCABULARY.boi
+        dropped[TASKS[batch.task_ids[b, at[0]]]].append(without)
+        if without:
+          assert len(at) == VOCABULARY.image_length + 5 and batch.loss_weights[b, at[0]] == 1
+  assert not any(dropped["speech_to_text"]) and 0.3 < np.mean(dropped["text_to_image"]) < 0.7
+  with pytest.raises(ValueError, match="data.drop_prompt is 1.5"):
+    DataConfig(str(shards), drop_prompt=1.5)
+
+
 def test_order_is_a_function_of_seed_and_step(shards):
   config = DataConfig(str(shards))
   for a, b in zip(batches(config), batches(config), strict=True):
