@@ -17,7 +17,11 @@ from aromni_jax.model_dir import Model
 from aromni_jax.prompts import INPUTS, OUTPUTS, Parts, make_prompt, read_response
 
 # How ids are drawn by default. The likeliest picture is an empty background: they are sampled.
-SAMPLERS = {"text": Sampler(), "speech": Sampler(), "image": Sampler(temperature=0.4, top_p=0.9)}
+SAMPLERS = {
+  "text": Sampler(),
+  "speech": Sampler(),
+  "image": Sampler(temperature=0.2, top_p=0.9, guidance=2.5),
+}
 
 # Budget of a response in ids, by what it consists of; a picture's is exact.
 _BUDGET = {"text": 64, "speech": 200}
