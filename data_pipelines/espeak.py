@@ -15,7 +15,7 @@ SAMPLE_RATE = 16_000
 # Our name -> espeak-ng voice. The first three are for training, f3 is held out.
 VOICES = {"f2": "en-us+f2", "f5": "en-us+f5", "m2": "en-us+m2", "f3": "en-us+f3"}
 
-_RETRIEVAL = 1  # AUDIO_OUTPUT_RETRIEVAL: samples go to the callback
+_SYNCHRONOUS = 2  # AUDIO_OUTPUT_SYNCHRONOUS: samples go to the callback, with no thread to wait for
 _UTF8 = 1
 _SILENCE, _MARGIN = 200, SAMPLE_RATE // 20  # amplitude of int16 samples; samples that stay
 _CALLBACK = ctypes.CFUNCTYPE(
@@ -55,7 +55,7 @@ def _speak(voice: str, texts: list[str]) -> list[np.ndarray]:
 
   library = ctypes.CDLL(espeakng_loader.get_library_path())
   data = espeakng_loader.get_data_path().encode()
-  rate = library.espeak_Initialize(_RETRIEVAL, 0, data, 0)
+  rate = library.espeak_Initialize(_SYNCHRONOUS, 0, data, 0)
   if rate <= 0:
     raise RuntimeError(f"espeak_Initialize failed ({rate}) with the data of espeakng-loader")
   library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # only now: Initialize draws a seed of its own
@@ -77,7 +77,7 @@ def _speak(voice: str, texts: list[str]) -> list[np.ndarray]:
     status = library.espeak_Synth(
       encoded, ctypes.c_size_t(len(encoded) + 1), 0, 1, 0, _UTF8, None, None
     )
-    if status or library.espeak_Synchronize() or not pieces:
+    if status or not pieces:
       raise RuntimeError(f"espeak-ng could not say {text!r} (status {status})")
     wav = np.concatenate(pieces).astype(np.float64)
     wav = scipy.signal.resample_poly(wav, SAMPLE_RATE, rate)
