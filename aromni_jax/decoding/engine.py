@@ -1,13 +1,14 @@
 """Generation: prefill and steps under jit, one batch of any tasks.
 
 Prompts are padded on the right to a few lengths; slot s of the cache holds position s, so the
-padding's slots are overwritten before anything can see them. Results do not depend on a row's
-neighbours.
+padding's slots are overwritten before anything can see them. The cache grows as it fills, since
+every step reads all of it. Results do not depend on a row's neighbours.
 
 With guidance every row that draws has a twin, which holds bos and the picture so far, nothing else.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
@@ -25,6 +26,7 @@ from aromni_jax.vocabulary import Vocabulary
 Array = jax.Array
 
 _SHORTEST_BUCKET = 32
+_FIRST_ROOM = 128  # new positions of the first cache; every further one has twice as many
 
 
 @jax.tree_util.register_dataclass
@@ -83,7 +85,7 @@ class Engine:
     self._prefill = jax.jit(
       self._prefill_fn, static_argnames=("cache_length", "max_new_tokens", "guided")
     )
-    self._advance = jax.jit(self._advance_fn, static_argnames=("steps",), donate_argnums=1)
+    self._advance = jax.jit(self._advance_fn, donate_argnums=1)
 
   def generate(
     self,
@@ -128,27 +130,31 @@ class Engine:
     tokens = np.full((len(prompts), width), self.vocabulary.pad, np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
       row[: len(prompt)] = prompt
-    cache_length = min(
-      _bucket(width + max_new_tokens), max(self.max_length, width + max_new_tokens)
-    )
+    room = min(_FIRST_ROOM, max_new_tokens)
     progress = self._prefill(
       self._params,
       tokens,
       lengths,
       self.machine.init_states(list(tasks)),
-      cache_length=cache_length,
+      cache_length=_bucket(width + room),
       max_new_tokens=max_new_tokens,
       guided=self._guided and any("image" in OUTPUTS[task] for task in tasks),
     )
     ids = np.arange(len(prompts)) if row_ids is None else np.asarray(row_ids)
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.asarray(ids))
-    finished = False
+    step, shown, finished = 0, 0, False
     while not finished:
-      progress = self._advance(self._params, progress, keys, steps=chunk or max_new_tokens)
-      output, step = np.asarray(progress.output), int(progress.step)
+      if step == room:
+        room = min(2 * room, max_new_tokens)
+        progress = _grow(progress, cache_length=_bucket(width + room))
+      limit = min(room, shown + (chunk or max_new_tokens))
+      progress = self._advance(self._params, progress, keys, limit)
+      step = int(progress.step)
       done = np.asarray(progress.states) == self.machine.done
       finished = done.all() or step >= max_new_tokens
-      yield [_until_eos(row[:step], self.vocabulary.eos) for row in output]
+      if finished or step == shown + (chunk or max_new_tokens):
+        shown, output = step, np.asarray(progress.output)
+        yield [_until_eos(row[:step], self.vocabulary.eos) for row in output]
 
   def _check(self, prompts, tasks, max_new_tokens: int) -> None:
     if not prompts or len(prompts) != len(tasks):
@@ -183,11 +189,10 @@ class Engine:
     output = jnp.full((batch, max_new_tokens), self.vocabulary.eos, jnp.int32)
     return _Progress(cache, hidden, states, lengths, output, seen, jnp.zeros((), jnp.int32))
 
-  def _advance_fn(self, params, progress: _Progress, keys: Array, *, steps: int) -> _Progress:
+  def _advance_fn(self, params, progress: _Progress, keys: Array, limit: Array) -> _Progress:
     decoder = nnx.merge(self._graphdef, params)
     machine, (batch, budget) = self.machine, progress.output.shape
     guided = len(progress.hidden) > batch
-    limit = jnp.minimum(progress.step + steps, budget)
     rows_index = jnp.arange(batch)
 
     def unfinished(p: _Progress):
@@ -225,6 +230,16 @@ class Engine:
       )
 
     return jax.lax.while_loop(unfinished, body, progress)
+
+
+@functools.partial(jax.jit, static_argnames="cache_length")
+def _grow(progress: _Progress, *, cache_length: int) -> _Progress:
+  """Returns the same with empty slots at the end of the cache."""
+
+  def pad(x):
+    return jnp.pad(x, ((0, 0), (0, 0), (0, cache_length - x.shape[2]), (0, 0)))
+
+  return dataclasses.replace(progress, cache=jax.tree.map(pad, progress.cache))
 
 
 def _bucket(length: int) -> int:

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from aromni_jax.decoding import engine as engine_lib
 from aromni_jax.decoding.engine import Engine
 from aromni_jax.decoding.sampling import Sampler
 from aromni_jax.models.config import DecoderConfig
@@ -62,6 +63,17 @@ def test_cached_batch_of_mixed_tasks_equals_the_plain_loop(decoder):
   for prompt, task, ids in zip(PROMPTS, TASKS, outputs, strict=True):
     want = greedy_without_cache(decoder, engine, prompt, task, budget)
     np.testing.assert_array_equal(ids, want, err_msg=task)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_cache_that_grows_changes_nothing(decoder, monkeypatch, guidance):
+  engine = Engine(decoder, VOCABULARY, samplers={"image": Sampler(guidance=guidance)})
+  whole = list(engine.stream(PROMPTS, TASKS, max_new_tokens=90, chunk=20))
+  monkeypatch.setattr(engine_lib, "_FIRST_ROOM", 16)
+  grown = list(engine.stream(PROMPTS, TASKS, max_new_tokens=90, chunk=20))
+  assert len(whole) == len(grown) == 5
+  for a, b in zip(sum(whole, []), sum(grown, []), strict=True):
+    np.testing.assert_array_equal(a, b)
 
 
 def test_guided_pictures_equal_the_plain_loop(decoder):
