@@ -36,9 +36,9 @@ def batches(shards):
   return [next(iterator) for _ in range(3)]
 
 
-def run(batches, *, mesh=(1, 1, 1), accumulate=1, loss=LOSS, model=MODEL):
+def run(batches, *, mesh=(1, 1, 1), accumulate=1, loss=LOSS, model=MODEL, optimizer="adam"):
   """Losses of some steps and the parameters after them, on a (data, fsdp, tensor) mesh."""
-  optimizer = make_optimizer(OptimizerConfig())
+  optimizer = make_optimizer(OptimizerConfig(name=optimizer))
   mesh = sharding.make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
   with jax.set_mesh(mesh):
     abstract = nnx.eval_shape(lambda: decoder_lib.Decoder(model, rngs=nnx.Rngs(0)))
@@ -80,6 +80,34 @@ def test_eight_devices_equal_one(batches, reference, mesh):
 def test_accumulation_equals_the_big_batch(batches, normaliser):
   loss = dataclasses.replace(LOSS, normaliser=normaliser)
   assert_same(run(batches, loss=loss), run(batches, loss=loss, accumulate=4))
+
+
+def test_muon_on_eight_devices_equals_one(batches):
+  assert_same(run(batches, optimizer="muon"), run(batches, mesh=(2, 2, 2), optimizer="muon"))
+
+
+def test_muon_turns_matrices_and_leaves_the_rest_to_adam():
+  key = jax.random.key(0)
+  adam, muon = (make_optimizer(OptimizerConfig(name=n, clip_norm=0)) for n in ("adam", "muon"))
+  params = train_step.init_state(MODEL, muon, 8, key).params
+  # Gradients of rank one, as if from one token: Adam and Muon differ most there.
+  grads = jax.tree.map(lambda p: jnp.ones_like(p) + 0.01 * jax.random.normal(key, p.shape), params)
+  one, other = (
+    dict(jax.tree_util.tree_leaves_with_path(t.update(grads, t.init(params), params)[0]))
+    for t in (adam, muon)
+  )
+  assert one.keys() == other.keys()
+  for path in one:
+    if "kernel" not in jax.tree_util.keystr(path):
+      np.testing.assert_array_equal(one[path], other[path])
+      continue
+    width = max(other[path].shape[-2:])
+    singular = np.linalg.svd(other[path], compute_uv=False) / (0.2 * width**0.5)
+    # Newton-Schulz brings them near 1, whatever they were: the gradient's are 100 to 1.
+    assert singular.min() > 0.3 and singular.max() < 1.3, path
+  state = jax.eval_shape(muon.init, params)
+  specs = {str(s) for s in jax.tree.leaves(nnx.get_partition_spec(state))}
+  assert "PartitionSpec(None, 'fsdp', 'tensor')" in specs  # its momentum is split, too
 
 
 def test_accumulation_on_a_mesh(batches, reference):
@@ -128,6 +156,8 @@ def test_learning_rate_schedules():
   assert learning_rate(linear, 9, 0.5) == pytest.approx(0.55)
   with pytest.raises(ValueError, match="optimizer.schedule 'step'"):
     OptimizerConfig(schedule="step")
+  with pytest.raises(ValueError, match="optimizer.name 'sgd'; expected adam or muon"):
+    OptimizerConfig(name="sgd")
 
 
 def test_similar_codes_start_alike():
