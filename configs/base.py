@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
   d.mixture_unit = "tokens"  # weights are shares of tokens | samples
   d.long_samples = "error"  # a sample longer than a row: error | drop
   d.drop_prompt = 0.0  # share of drawing samples without their prompt, for guidance
+  d.code_noise = 0.0  # share of a response's codes that are read as random ones
   d.window = 1024  # samples that are packed together
   d.seed = 0  # of the order
   d.threads = 2  # reader threads per process
@@ -70,6 +71,7 @@ def get_config() -> ConfigDict:
   loss.block_size = 0  # positions whose logits exist at once; 0 is all
 
   c.optimizer = o = ConfigDict()
+  o.name = "adam"  # adam | muon (for matrices; the rest by Adam)
   o.learning_rate = 6e-5  # peak
   o.schedule = "linear"  # cosine | linear | constant
   o.warmup_steps = 7000  # steps of linear warm-up

@@ -36,6 +36,8 @@ class DataConfig:
     long_samples: what to do with a sample longer than a row: "error" or "drop".
     drop_prompt: share of the samples that answer with a picture alone which lose their prompt, so
       that pictures can be drawn with guidance (Ho and Salimans 2022).
+    code_noise: share of the picture and speech codes of responses that are read as random ones, so
+      that what comes next depends more on the prompt (Esser et al. 2021, appendix). Targets stay.
     window: samples that are packed together.
     seed: seed of the order.
     threads: reader threads of this process.
@@ -49,6 +51,7 @@ class DataConfig:
   mixture_unit: str = "tokens"
   long_samples: str = "error"
   drop_prompt: float = 0.0
+  code_noise: float = 0.0
   window: int = 1024
   seed: int = 0
   threads: int = 2
@@ -61,8 +64,9 @@ class DataConfig:
     }.items():
       if getattr(self, field) not in choices:
         raise ValueError(f"data.{field} {getattr(self, field)!r}; expected one of {choices}")
-    if not 0 <= self.drop_prompt < 1:
-      raise ValueError(f"data.drop_prompt is {self.drop_prompt}; it must be a share, 0 <= x < 1")
+    for field in ("drop_prompt", "code_noise"):
+      if not 0 <= getattr(self, field) < 1:
+        raise ValueError(f"data.{field} is {getattr(self, field)}; it must be a share, 0 <= x < 1")
     for task, weight in self.mixture.items():
       task_id(task)
       if weight < 0:
@@ -152,7 +156,7 @@ class PackedRows:
   ):
     if batch_size % process_count:
       raise ValueError(f"batch_size {batch_size} is not a multiple of {process_count} processes")
-    self.shards, self.config, self.padding = shards, config, vocabulary.eos
+    self.shards, self.config, self.vocabulary = shards, config, vocabulary
     self.plan = RowPlan(shards.lengths, shards.tasks, config)
     self.plan.row(0)
     self.batch_size, self.local = batch_size, batch_size // process_count
@@ -165,7 +169,7 @@ class PackedRows:
     step, row = divmod(int(index), self.local)
     number = step * self.batch_size + self.offset + row
     rng = np.random.default_rng([self.config.seed, number])
-    out = empty_row(self.config.sequence_length, self.padding)
+    out = empty_row(self.config.sequence_length, self.vocabulary.eos)
     at = 0
     for segment, record in enumerate(self.plan.row(number), 1):
       sample = self.shards[record]
@@ -174,6 +178,9 @@ class PackedRows:
       n = len(sample.tokens)
       span = slice(at, at + n)
       out["tokens"][span] = sample.tokens
+      if self.config.code_noise:
+        response = out["tokens"][at + sample.response_start : at + n]
+        add_code_noise(response, self.config.code_noise, self.vocabulary, rng)
       out["targets"][at : at + n - 1] = sample.tokens[1:]
       out["loss_weights"][span] = loss_weights(
         n, sample.task, sample.response_start, self.config.loss_weights
@@ -183,6 +190,16 @@ class PackedRows:
       out["task_ids"][span] = task_id(sample.task)
       at += n
     return out
+
+
+def add_code_noise(
+  ids: np.ndarray, share: float, vocabulary: Vocabulary, rng: np.random.Generator
+) -> None:
+  """Replaces a share of the picture and speech codes among int32[n] ids by others, in place."""
+  chosen = rng.random(len(ids)) < share
+  for codes in (vocabulary.image, vocabulary.speech):
+    hit = chosen & (ids >= codes.start) & (ids < codes.stop)
+    ids[hit] = rng.integers(codes.start, codes.stop, hit.sum())
 
 
 def empty_row(length: int, padding: int) -> dict[str, np.ndarray]:

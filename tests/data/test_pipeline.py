@@ -11,7 +11,7 @@ from aromni_jax.codecs.text import SentencePieceText
 from aromni_jax.data import token_shards
 from aromni_jax.data.loss_weights import LossWeightConfig, loss_weights
 from aromni_jax.data.pipeline import DataConfig, RowPlan, make_train_iterator
-from aromni_jax.vocabulary import TASKS, get_vocabulary
+from aromni_jax.vocabulary import IMAGE, SPEECH, TASKS, get_vocabulary
 from tests.conftest import random_samples
 
 VOCABULARY = get_vocabulary("demo")
@@ -128,6 +128,23 @@ def test_mixture_weights(shards, unit):
   assert {TASKS[table.tasks[n]] for n in numbers} == set(mixture)
 
 
+def test_noise_falls_on_codes_of_responses_and_spares_targets(shards):
+  config = DataConfig(str(shards), loss_weights=LossWeightConfig(prompt=0.0))
+  for clean, noisy in zip(
+    batches(config), batches(dataclasses.replace(config, code_noise=0.3)), strict=True
+  ):
+    assert_equal(clean, dataclasses.replace(noisy, tokens=clean.tokens))
+    changed = clean.tokens != noisy.tokens
+    kinds = VOCABULARY.modality_of(clean.tokens)
+    np.testing.assert_array_equal(kinds, VOCABULARY.modality_of(noisy.tokens))
+    for kind in (IMAGE, SPEECH):
+      # What is predicted with the weight of a response stands in one.
+      response = (kinds == kind) & (np.roll(clean.loss_weights, 1, axis=1) >= 1)
+      assert changed[response].mean() == pytest.approx(0.3, abs=0.05)
+      assert not changed[(kinds == kind) & ~response].any()
+    assert not changed[(kinds != IMAGE) & (kinds != SPEECH)].any()
+
+
 def test_long_samples_are_named_or_dropped(shards):
   config = DataConfig(str(shards), sequence_length=150)
   with pytest.raises(ValueError, match="longer than data.sequence_length 150.*long_samples=drop"):
@@ -140,6 +157,8 @@ def test_wrong_configs_are_named(shards):
     DataConfig(str(shards), mixture={"sing": 1.0})
   with pytest.raises(ValueError, match="data.mixture.dialogue is -1"):
     DataConfig(str(shards), mixture={"dialogue": -1.0})
+  with pytest.raises(ValueError, match="data.code_noise is 1.5; it must be a share"):
+    DataConfig(str(shards), code_noise=1.5)
   with pytest.raises(ValueError, match="data.long_samples 'cut'"):
     DataConfig(str(shards), long_samples="cut")
   with pytest.raises(FileNotFoundError, match="no token shards.*data_pipelines.tokenize"):
