@@ -202,12 +202,15 @@ def rasterise(code_point: str, size: int) -> np.ndarray:
   return raster
 
 
-def draw_scene(caption: Caption, seed: int) -> np.ndarray:
+def draw_scene(
+  caption: Caption, seed: int, background: tuple[int, int, int] | None = None
+) -> np.ndarray:
   """Draws a caption: one glyph at 48 px, or two to four at 32 px in the cells of a 2x2 grid.
 
   Args:
     caption: what to draw.
     seed: chooses the cells and a jitter of up to 2 px; equal seeds give equal pictures.
+    background: red, green and blue, 0..255, if not the caption's colour.
 
   Returns:
     uint8 [64, 64, 3].
@@ -218,7 +221,7 @@ def draw_scene(caption: Caption, seed: int) -> np.ndarray:
   colour, alpha = art[..., :3], art[..., 3:] / 255
   margin = 2
   side = RESOLUTION + 2 * margin  # glyphs that jitter over the edge are cut there
-  scene = np.full((side, side, 3), COLOURS[caption.colour], np.float32)
+  scene = np.full((side, side, 3), background or COLOURS[caption.colour], np.float32)
   corners = [(8, 8)] if caption.count == 1 else [(0, 0), (0, 32), (32, 0), (32, 32)]
   for i in rng.permutation(len(corners))[: caption.count]:
     y, x = np.array(corners[i]) + margin + rng.integers(-margin, margin + 1, 2)

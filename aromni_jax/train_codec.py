@@ -28,7 +28,7 @@ _VOICES = ("f2", "f5", "m2")
 
 # How the shipped codecs are trained.
 _CONFIGS = {
-  "image": CodecTrainingConfig(num_steps=4700, batch_size=8, learning_rate=2e-3, warmup_steps=50),
+  "image": CodecTrainingConfig(num_steps=4700, batch_size=16, learning_rate=2e-3, warmup_steps=50),
   "speech": CodecTrainingConfig(
     num_steps=2200, batch_size=16, learning_rate=1.5e-3, warmup_steps=100, quantise_after=100
   ),
@@ -69,6 +69,7 @@ def main(argv: list[str]) -> None:
     pictures = np.concatenate(
       [task.batch_at(config.num_steps + i)["pictures"] for i in range(_MERGE_BATCHES)]
     )
+    codec = train_image.without_reader(codec)
     train_image.merge_codes(codec, pictures, _IMAGE_CODES)
   out = pathlib.Path(_OUT.value)
   if not (out / "model.json").exists():

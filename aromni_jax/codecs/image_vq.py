@@ -105,8 +105,24 @@ def _conv(size: int, c_in: int, c_out: int, rngs: nnx.Rngs, **options) -> nnx.Co
   return nnx.Conv(c_in, c_out, (size, size), rngs=rngs, **options)
 
 
-def _norm(channels: int, config: ImageVQConfig, rngs: nnx.Rngs) -> nnx.GroupNorm:
-  return nnx.GroupNorm(
+class GroupNorm(nnx.GroupNorm):
+  """The same function of [B, H, W, C]; means go over positions first, which a CPU does faster."""
+
+  def __call__(self, x: Array) -> Array:
+    batch, channels = x.shape[0], x.shape[-1]
+    size = channels // self.num_groups
+
+    def group_mean(y):
+      means = jnp.mean(y, axis=(1, 2)).reshape(batch, self.num_groups, size).mean(-1)
+      return jnp.repeat(means, size, axis=-1)[:, None, None]
+
+    centred = x - group_mean(x)
+    scale = jax.lax.rsqrt(group_mean(centred**2) + self.epsilon) * self.scale[...]
+    return centred * scale + self.bias[...]
+
+
+def _norm(channels: int, config: ImageVQConfig, rngs: nnx.Rngs) -> GroupNorm:
+  return GroupNorm(
     channels,
     num_groups=config.num_groups,
     epsilon=_NORM_EPSILON,

@@ -68,7 +68,8 @@ class CodecTask:
     codebook: the codebook variable of a codec.
     prepare: stored batch (a pytree with uint8 pictures or int16 sound) -> input of the codec.
     losses: (output, input) -> metrics with the reconstruction's "loss".
-    regularise: (latents, stored batch) -> float32[], added to the loss.
+    regularise: (codec, latents, stored batch) -> metrics; "regular" is added to the loss.
+    exchange: (quantised vectors, stored batch) -> the vectors that the decoder sees.
     batch_at: the stored batch of a step; a function of the step alone.
     measure: codec -> figures on held-out data for the progress lines.
   """
@@ -79,7 +80,8 @@ class CodecTask:
   losses: Callable[[Array, Array], Metrics]
   batch_at: Callable[[int], Any]
   measure: Callable[[nnx.Module], dict[str, float]]
-  regularise: Callable[[Array, Any], Array] = lambda z, batch: jnp.zeros(())
+  regularise: Callable[[nnx.Module, Array, Any], Metrics] = lambda codec, z, batch: {}
+  exchange: Callable[[Array, Any], Array] = lambda z, batch: z
 
 
 @jax.tree_util.register_dataclass
@@ -111,8 +113,10 @@ def init_state(
   shape = task.codebook(nnx.eval_shape(lambda: task.make(nnx.Rngs(0)))).shape
   codebook = vq.init_codebook(jax.random.key(config.seed), *shape)
   if start is not None:
+    trained = nnx.merge(graphdef, params)
+    nnx.update(trained, nnx.state(start))  # what helps in training alone stays random
     # Copies, since the training gives its buffers away.
-    params, embedding = jax.tree.map(jnp.copy, nnx.state(start)), task.codebook(start)[...]
+    params, embedding = jax.tree.map(jnp.copy, nnx.state(trained)), task.codebook(start)[...]
     codebook = vq.EmaCodebook(jnp.copy(embedding), jnp.ones(len(embedding)), jnp.copy(embedding))
   opt_state = jax.jit(make_optimizer(config).init)(params)
   return graphdef, CodecState(jnp.zeros((), jnp.int32), params, opt_state, codebook)
@@ -136,10 +140,10 @@ def train_step(
     codes = vq.nearest_codes(z, embedding)
     quantised = embedding[codes]
     quantise = state.step >= config.quantise_after
-    output = codec.render(jnp.where(quantise, vq.straight_through(z, quantised), z))
-    metrics = task.losses(output, inputs) | {"commitment": vq.commitment_loss(z, quantised)}
-    metrics["regular"] = task.regularise(z, batch)
-    metrics["loss"] += config.commitment * metrics["commitment"] + metrics["regular"]
+    seen = jnp.where(quantise, vq.straight_through(z, quantised), z)
+    metrics = task.losses(codec.render(task.exchange(seen, batch)), inputs)
+    metrics |= {"commitment": vq.commitment_loss(z, quantised)} | task.regularise(codec, z, batch)
+    metrics["loss"] += config.commitment * metrics["commitment"] + metrics.get("regular", 0.0)
     return metrics["loss"], (z, codes, metrics)
 
   (_, (z, codes, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)

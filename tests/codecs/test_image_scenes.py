@@ -34,6 +34,22 @@ def test_twins_differ_in_colour_alone():
     assert (scene == twin).all(-1)[cells].any() and not (scene == twin).all(-1)[~cells].any()
 
 
+def test_colours_are_many_and_spare_held_out_pairs():
+  captions = [c for c in pictotalk.captions("tiny") if (c.object, c.colour) != ("lemon", "white")]
+  colours, names = pictotalk.COLOURS, sorted({c.object for c in captions})
+  scenes = TwinScenes(captions, batch_size=100, grid=8, seed=0)(0)
+  corners = scenes["pictures"][:, 0, 0].astype(float)
+  nearest = [min(colours, key=lambda n, c=c: np.sum((c - colours[n]) ** 2)) for c in corners]
+  shown = np.tile(scenes["object"], 2)
+  assert {n for n, o in zip(nearest, shown, strict=True) if names[o] == "lemon"} == set(
+    list(colours)[1:4]
+  )
+  of_palette = np.mean([any((c == v).all() for v in colours.values()) for c in corners])
+  assert 0.3 < of_palette < 0.7
+  one, other = np.split(corners, 2)
+  assert np.linalg.norm(one - other, axis=1).min() > 50
+
+
 def test_twin_loss_is_zero_for_equal_cells_and_knows_no_scale():
   rng = np.random.default_rng(0)
   z = jnp.asarray(rng.normal(size=(4, 2, 2, 3)), jnp.float32)

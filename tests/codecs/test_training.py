@@ -104,13 +104,23 @@ def test_a_regulariser_is_a_part_of_the_loss():
   graphdef, state = training.init_state(make_task(), CONFIG)
   losses = []
   for weight in (0.0, 2.0):
-    task = make_task(regularise=lambda z, batch, w=weight: w * jnp.mean(z**2))
+    task = make_task(regularise=lambda codec, z, batch, w=weight: {"regular": w * jnp.mean(z**2)})
     _, metrics = training.train_step(
       state, jnp.asarray(batch_at(0)), graphdef=graphdef, task=task, config=CONFIG
     )
     losses.append(float(metrics["loss"]) - float(metrics["regular"]))
     assert (float(metrics["regular"]) > 0) == (weight > 0)
   assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_the_decoder_sees_exchanged_vectors():
+  graphdef, state = training.init_state(make_task(), CONFIG)
+  batch = jnp.asarray(batch_at(0))
+  task = make_task(exchange=lambda z, batch: z[::-1])
+  _, swapped = training.train_step(state, batch, graphdef=graphdef, task=task, config=CONFIG)
+  codec = nnx.merge(graphdef, state.params)
+  want = jnp.mean((codec.render(codec.latents(batch)[::-1]) - batch) ** 2)
+  assert float(swapped["loss"] - 0.25 * swapped["commitment"]) == pytest.approx(float(want), 1e-5)
 
 
 def test_non_finite_loss_stops_and_keeps_the_checkpoint(tmp_path):
