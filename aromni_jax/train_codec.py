@@ -22,8 +22,6 @@ from aromni_jax.codecs.training import CodecTask, CodecTrainingConfig, fit
 from aromni_jax.vocabulary import get_vocabulary
 
 _SETS = ("base", "new_objects")  # codecs are general: only the decoder never sees new objects
-_IMAGE_CODES = 256  # codes that stay of 1024
-_MERGE_BATCHES = 64  # of pictures whose vectors choose them
 _VOICES = ("f2", "f5", "m2")
 
 # How the shipped codecs are trained.
@@ -42,6 +40,9 @@ _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Steps, if not the shipped 
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Pictures or one-second crops per step.")
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", None, "Peak learning rate.")
 _START = flags.DEFINE_string("start", None, "Model directory whose codec is trained on.")
+_DECODER_ONLY = flags.DEFINE_bool(
+  "decoder_only", False, "With --start: encoder and codes stay; token shards keep their meaning."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters and data.")
 
 
@@ -55,7 +56,9 @@ def main(argv: list[str]) -> None:
     "seed": _SEED.value,
   }
   if _START.value:
-    options["quantise_after"] = 0  # there is a codebook already
+    options |= {"quantise_after": 0, "decoder_only": _DECODER_ONLY.value}
+  elif _DECODER_ONLY.value:
+    raise app.UsageError("--decoder_only needs --start, whose encoder and codes stay")
   config = dataclasses.replace(
     _CONFIGS[_CODEC.value], **{k: v for k, v in options.items() if v is not None}
   )
@@ -66,11 +69,7 @@ def main(argv: list[str]) -> None:
   start = model_dir.load_codec(_START.value, name) if _START.value else None
   codec = fit(task, config, _WORKDIR.value, start)
   if _CODEC.value == "image":
-    pictures = np.concatenate(
-      [task.batch_at(config.num_steps + i)["pictures"] for i in range(_MERGE_BATCHES)]
-    )
     codec = train_image.without_reader(codec)
-    train_image.merge_codes(codec, pictures, _IMAGE_CODES)
   out = pathlib.Path(_OUT.value)
   if not (out / "model.json").exists():
     model_dir.create(out, get_vocabulary("demo"), "paper")

@@ -111,34 +111,6 @@ def psnr(output: np.ndarray, target: np.ndarray) -> float:
   return float(np.mean(10 * np.log10(255.0**2 / np.maximum(error, 1e-3))))
 
 
-def merge_codes(codec: image_vq.ImageVQ, pictures: np.ndarray, count: int) -> None:
-  """Replaces the codebook by `count` k-means centres of the vectors of some pictures.
-
-  Fewer codes are easier to predict. The rest of the codebook repeats the first centre, which
-  `vq.nearest_codes` never chooses.
-
-  Args:
-    codec: changed in place.
-    pictures: uint8[n, H, W, 3].
-    count: number of centres.
-
-  Raises:
-    ImportError: if scipy (the `demo` extra) is not installed.
-  """
-  from scipy.cluster.vq import kmeans2
-
-  embedding = codec.quantize.embedding[...]
-  latents = nnx.jit(lambda c, x: c.latents(x))
-  batches = np.split(pictures.astype(np.float32) / 127.5 - 1.0, range(32, len(pictures), 32))
-  z = np.concatenate(
-    [np.asarray(latents(codec, b)).reshape(-1, embedding.shape[1]) for b in batches]
-  )
-  start = z[np.random.default_rng(0).choice(len(z), count, replace=False)]
-  centres, _ = kmeans2(z, start, minit="matrix", iter=15)
-  unused = np.repeat(centres[:1], len(embedding) - count, axis=0)
-  codec.quantize.embedding[...] = jnp.concatenate([centres, unused]).astype(jnp.float32)
-
-
 def make_task(
   model: image_vq.ImageVQConfig, source: TwinScenes, held_out: np.ndarray
 ) -> training.CodecTask:

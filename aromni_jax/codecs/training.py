@@ -39,6 +39,7 @@ class CodecTrainingConfig:
     commitment: weight that pulls the encoder's vectors to their codes.
     codebook_decay: share of the codebook averages kept at each step.
     dead_below: average uses per step under which a code is revived.
+    decoder_only: whether encoder and codebook stay as they are, so that codes keep their meaning.
     seed: seed of the parameters and the data.
     log_every: steps between progress lines.
     eval_every: steps between measurements on held-out data.
@@ -53,6 +54,7 @@ class CodecTrainingConfig:
   commitment: float = 0.25
   codebook_decay: float = 0.98
   dead_below: float = 0.01
+  decoder_only: bool = False
   seed: int = 0
   log_every: int = 25
   eval_every: int = 250
@@ -96,12 +98,16 @@ class CodecState:
 
 
 def make_optimizer(config: CodecTrainingConfig) -> optax.GradientTransformation:
-  """Returns AdamW with warm-up and cosine decay, gradients clipped to norm 1."""
+  """Returns AdamW with warm-up and cosine decay, gradients clipped to norm 1.
+
+  What has no gradient does not move: nothing decays if the decoder alone is trained.
+  """
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, config.learning_rate, config.warmup_steps, config.num_steps
   )
   return optax.chain(
-    optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=1e-4)
+    optax.clip_by_global_norm(1.0),
+    optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=0.0 if config.decoder_only else 1e-4),
   )
 
 
@@ -137,26 +143,31 @@ def train_step(
   def loss_fn(params):
     codec = nnx.merge(graphdef, params)
     z = codec.latents(inputs)
+    if config.decoder_only:
+      z = jax.lax.stop_gradient(z)
     codes = vq.nearest_codes(z, embedding)
     quantised = embedding[codes]
     quantise = state.step >= config.quantise_after
     seen = jnp.where(quantise, vq.straight_through(z, quantised), z)
     metrics = task.losses(codec.render(task.exchange(seen, batch)), inputs)
     metrics |= {"commitment": vq.commitment_loss(z, quantised)} | task.regularise(codec, z, batch)
-    metrics["loss"] += config.commitment * metrics["commitment"] + metrics.get("regular", 0.0)
+    if not config.decoder_only:
+      metrics["loss"] += config.commitment * metrics["commitment"] + metrics.get("regular", 0.0)
     return metrics["loss"], (z, codes, metrics)
 
   (_, (z, codes, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
   updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
-  codebook = vq.update_codebook(
-    state.codebook,
-    z,
-    codes,
-    jax.random.fold_in(jax.random.key(config.seed), state.step),
-    decay=config.codebook_decay,
-    dead_below=config.dead_below,
-    revived_size=4 * config.dead_below,
-  )
+  codebook = state.codebook
+  if not config.decoder_only:
+    codebook = vq.update_codebook(
+      codebook,
+      z,
+      codes,
+      jax.random.fold_in(jax.random.key(config.seed), state.step),
+      decay=config.codebook_decay,
+      dead_below=config.dead_below,
+      revived_size=4 * config.dead_below,
+    )
   metrics |= {"used": vq.code_statistics(codes, len(embedding))["used"]}
   metrics["grad_norm"] = optax.global_norm(grads)
   params = optax.apply_updates(state.params, updates)

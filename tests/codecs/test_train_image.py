@@ -70,16 +70,6 @@ def test_the_reader_learns_and_stays_behind(tmp_path):
   image_vq.from_params(MODEL, image_vq.to_params(codec))  # has what a codec has, no more
 
 
-def test_merged_codes_are_few_and_still_draw():
-  codec = model_dir.load_codec(model_dir.SHIPPED, "image_codec")
-  pictures = source(batch_size=32)(0)["pictures"]
-  codes, before = train_image.reconstruct(codec, pictures)
-  train_image.merge_codes(codec, pictures, 64)
-  merged, after = train_image.reconstruct(codec, pictures)
-  assert len(np.unique(merged)) <= 64 < len(np.unique(codes)) and merged.max() < 64
-  assert train_image.psnr(after, pictures) > train_image.psnr(before, pictures) - 2
-
-
 def test_psnr_by_hand():
   black = np.zeros((1, 2, 2, 3), np.uint8)
   assert train_image.psnr(black + 255, black) == 0

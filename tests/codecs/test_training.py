@@ -100,6 +100,16 @@ def test_training_starts_from_a_codec(tmp_path):
   np.testing.assert_array_equal(start.encoder.kernel[...], again.encoder.kernel[...])
 
 
+def test_the_decoder_alone_can_be_trained(tmp_path):
+  start = training.fit(make_task(), CONFIG, tmp_path / "a")
+  config = dataclasses.replace(CONFIG, decoder_only=True)
+  task = make_task(regularise=lambda codec, z, batch: {"regular": jnp.mean((z - 1) ** 2)})
+  again = training.fit(task, config, tmp_path / "b", start)
+  assert_same(start.encoder, again.encoder)
+  np.testing.assert_array_equal(start.codebook[...], again.codebook[...])
+  assert float(jnp.abs(start.decoder.kernel[...] - again.decoder.kernel[...]).max()) > 1e-4
+
+
 def test_a_regulariser_is_a_part_of_the_loss():
   graphdef, state = training.init_state(make_task(), CONFIG)
   losses = []
