@@ -204,13 +204,12 @@ def loss_sums(params, batch: Batch, table: Array, config: StepConfig) -> Metrics
     sums["perceptual"], _ = losses.perceptual(
       hidden, params["projection"], table, codes, mask, config.loss.perceptual_distance
     )
-  counted = (batch.loss_weights > 0).astype(jnp.float32)
-  nll = jax.lax.stop_gradient(nll) * counted
+  nll = jax.lax.stop_gradient(nll) * batch.loss_weights
   modality = config.vocabulary.modality_of(batch.targets)
   for name, groups, ids in (("modality", MODALITIES, modality), ("task", TASKS, batch.task_ids)):
     member = jax.nn.one_hot(ids, len(groups))
     sums[f"{name}_sum"] = jnp.einsum("bt,btg->g", nll, member)
-    sums[f"{name}_count"] = jnp.einsum("bt,btg->g", counted, member)
+    sums[f"{name}_count"] = jnp.einsum("bt,btg->g", batch.loss_weights, member)
   sums["tokens"] = jnp.sum(batch.segment_ids > 0, dtype=jnp.float32)
   return sums
 
@@ -228,7 +227,7 @@ def total_loss(sums: Metrics, counts: Metrics, config: LossConfig) -> Array:
 
 def summarise(sums: Metrics, counts: Metrics, config: LossConfig) -> Metrics:
   """Returns means: loss, loss/next_token, loss/perceptual, nll per modality and per task (nats per
-  token, unweighted; 0 where the batch has none), tokens."""
+  token, weighted as in the loss, so mostly of responses; 0 where the batch has none), tokens."""
   out = {
     "loss": total_loss(sums, counts, config),
     "loss/next_token": losses.ratio(sums["next_token"], counts["next_token"]),

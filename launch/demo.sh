@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # PictoTalk from raw pictures and speech to a report, on this machine.
 #
-#   launch/demo.sh demo         trains from nothing (8 of about 15 minutes on two cores)
+#   launch/demo.sh demo         trains from nothing (9 of about 15 minutes on two cores)
 #   launch/demo.sh new_objects  fine-tunes the shipped decoder on objects that it has never seen
 #   launch/demo.sh tiny         both data sets and the model very small, to see that all works
 #

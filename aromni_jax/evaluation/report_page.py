@@ -23,9 +23,9 @@ section.example { border-top: 1px solid #ddd; padding: .8rem 0; }
 .note { color: #666; font-size: 13px; }
 """
 
-# Figures of a row that are shown, and whether less is better.
+# Figures that are shown, of a task and of a ceiling, where there are such.
 _SHOWN = ("wer", "exact", "count", "object", "colour")
-_CEILINGS = {"image": ("image", ("count", "object", "colour")), "speech": ("speech", ("wer",))}
+_CEILINGS = ("count", "object", "colour", "psnr", "wer")
 
 
 def page(
@@ -88,7 +88,8 @@ def _table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _label(figure: str) -> str:
-  return {"wer": "word error rate ↓", "exact": "exactly right ↑"}.get(figure, f"{figure} right ↑")
+  labels = {"wer": "word error rate ↓", "exact": "exactly right ↑", "psnr": "PSNR in dB ↑"}
+  return labels.get(figure, f"{figure} right ↑")
 
 
 def _number(value: float | None) -> str:
@@ -100,7 +101,7 @@ def _ceilings(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
   data = next(iter(evaluations.values()))["ceilings"]
   rows = ["<tr><th>seen or heard by the referee</th><th>figure</th><th>value</th></tr>"]
   for name, scores in data.items():
-    for figure in _CEILINGS[name.split("/")[0]][1]:
+    for figure in filter(scores.__contains__, _CEILINGS):
       rows.append(
         f"<tr><td>{html.escape(name)}</td><td>{_label(figure)}</td>{_number(scores[figure])}</tr>"
       )

@@ -83,17 +83,4 @@ class DecoderConfig:
     return 6.0 * products + 6.0 * self.num_layers * self.num_heads * self.head_dim * length
 
 
-PRESETS = {
-  "chameleon_7b": DecoderConfig(),
-  "demo": DecoderConfig(
-    vocab_size=2944,
-    embed_dim=192,
-    mlp_dim=512,
-    num_layers=6,
-    num_heads=3,
-    num_kv_heads=3,
-    head_dim=64,
-    dtype="float32",
-    remat_policy="none",
-  ),
-}
+PRESETS = {"chameleon_7b": DecoderConfig()}

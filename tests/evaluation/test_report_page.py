@@ -35,7 +35,7 @@ def evaluation(tmp_path):
       "text_to_image": {"n": 3, **scene, "chance": dict.fromkeys(scene, 0.01)},
       "text_to_speech": {"n": 3, **words, "chance": dict.fromkeys(words, 0.02)},
     },
-    "ceilings": {"image/original": scene, "speech/f2/codec": words},
+    "ceilings": {"image/codec": scene | {"psnr": 21.5}, "speech/f2/codec": words},
     "examples": [entry],
   }
 
@@ -47,7 +47,7 @@ def test_page_holds_everything(evaluation, tmp_path):
   assert text.count("data:image/png;base64,") == len(PICTURES)
   assert text.count("data:audio/wav;base64,") == len(SOUNDS)
   assert "<svg" in text and "one &lt;dog&gt; on red" in text and "CC BY-SA 4.0" in text
-  for figure in ("0.125", "0.625", "0.250", "0.010"):
+  for figure in ("0.125", "0.625", "0.250", "0.010", "21.500"):
     assert figure in text
   assert not re.findall(r'(?:src|href)="(?!data:|#)', text)  # nothing is loaded from elsewhere
 
