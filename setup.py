@@ -12,7 +12,7 @@ INSTALL = [
   # 0.11.1 removed a class that flax 0.12.8, the newest one for Python 3.11, subclasses.
   "jax>=0.10.2,!=0.11.1",
   "flax>=0.12.8",  # nnx.transform_metadata and out_sharding kernel metadata
-  "optax>=0.2.5",
+  "optax>=0.2.6",  # Muon of stacked layers
   "orbax-checkpoint>=0.11.30",
   "grain>=0.2.15",
   "tensorflow-datasets>=4.9.9",  # token shards; works without TensorFlow

@@ -54,11 +54,18 @@ class Checkpoints:
       config: the configuration of this run.
 
     Raises:
-      ValueError: if the model section differs from the checkpoint's, naming the fields.
+      ValueError: if the model section or the optimizer differs from the checkpoint's, naming the
+        fields.
     """
     step = self.latest_step
     saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
     _check_same_model(saved["config"]["model"], config["model"], self.directory)
+    was, now = (c["optimizer"]["name"] for c in (saved["config"], config))
+    if was != now:
+      raise ValueError(
+        f"the checkpoint in {self.directory} has the state of optimizer.name {was}, not {now}. Use "
+        "it, or another --workdir"
+      )
     out = self._manager.restore(
       step,
       args=ocp.args.Composite(

@@ -56,6 +56,12 @@ class TrainConfig:
         f"config.batch_size {self.batch_size} is not a multiple of config.accumulate "
         f"{self.accumulate}"
       )
+    if self.data.code_noise and self.loss.perceptual_pairing == "own_position":
+      raise ValueError(
+        f"config.data.code_noise is {self.data.code_noise}, but "
+        "config.loss.perceptual_pairing=own_position compares states with the codes that were "
+        "read; set code_noise to 0 or the pairing to predicting"
+      )
 
 
 def to_dataclass(cls: type, values: Mapping[str, Any], where: str = "config") -> Any:

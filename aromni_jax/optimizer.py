@@ -20,7 +20,7 @@ class OptimizerConfig:
   schedule: "cosine", "linear" or "constant" after the warm-up.
   warmup_steps: steps of linear warm-up.
   final_ratio: last rate as a share of the peak.
-  b1, b2, epsilon: Adam's.
+  b1, b2, epsilon: Adam's; Muon's momentum is 0.95.
   weight_decay: decoupled decay of matrices; embeddings, norms and biases have none.
   clip_norm: largest global norm of the gradient; 0 never clips.
   """
@@ -94,8 +94,8 @@ def _split(
 ) -> optax.GradientTransformation:
   """Returns one transformation for kernels and one for all other parameters.
 
-  Both see dicts of parameters by path, with the parameters' sharding metadata, which the masks of
-  `optax.partition` would lose.
+  Both see dicts of gradients by path, with the parameters' sharding metadata, which the masks of
+  `optax.partition` would lose. Neither is given the parameters.
   """
 
   def flatten(tree):
@@ -113,11 +113,11 @@ def _split(
     return tuple(t.init(part) for t, part in zip((kernels, others), parts, strict=True))
 
   def update(updates, state, params=None):
+    del params
     parts, paths, treedef = flatten(updates)
-    theirs = (None, None) if params is None else flatten(params)[0]
     out, states = {}, []
-    for transform, part, old, p in zip((kernels, others), parts, state, theirs, strict=True):
-      new, after = transform.update(part, old, p)
+    for transform, part, old in zip((kernels, others), parts, state, strict=True):
+      new, after = transform.update(part, old)
       out |= new
       states.append(after)
     leaves = [out[jax.tree_util.keystr(path)] for path in paths]

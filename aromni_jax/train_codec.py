@@ -41,7 +41,7 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Pictures or one-second c
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", None, "Peak learning rate.")
 _START = flags.DEFINE_string("start", None, "Model directory whose codec is trained on.")
 _DECODER_ONLY = flags.DEFINE_bool(
-  "decoder_only", False, "With --start: encoder and codes stay; token shards keep their meaning."
+  "decoder_only", False, "With --start: trains the decoder alone, so all codes stay the same."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters and data.")
 

@@ -17,7 +17,7 @@ from aromni_jax import model_dir, sharding
 from aromni_jax import train_step as step_lib
 from aromni_jax.checkpoint import Checkpoints
 from aromni_jax.config import TrainConfig
-from aromni_jax.data.pipeline import TrainIterator, make_train_iterator
+from aromni_jax.data.pipeline import DataConfig, TrainIterator, make_train_iterator
 from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.optimizer import learning_rate, make_optimizer
 from aromni_jax.samples import write_samples
@@ -87,7 +87,7 @@ class _Run:
     self.rows = sharding.batch_sharding(mesh)
 
   def run(self) -> nnx.Module:
-    data = self._iterator(self.config.data.split)
+    data = self._iterator(self.config.data)
     checkpoints = Checkpoints(self.workdir, self.config.checkpoints_kept)
     state, step = self._start(checkpoints, data)
     writer = metrics_lib.Writer(self.workdir, step)
@@ -136,8 +136,7 @@ class _Run:
       checkpoints.save(step, state, data.get_state(), self._saved_config())
     return state, step, stop.is_set()
 
-  def _iterator(self, split: str) -> TrainIterator:
-    config = dataclasses.replace(self.config.data, split=split)
+  def _iterator(self, config: DataConfig) -> TrainIterator:
     codecs = {n: self.base.fingerprints[n] for n in ("image_codec", "speech_codec", "text")}
     return make_train_iterator(
       config,
@@ -217,8 +216,11 @@ class _Run:
     )
 
   def _evaluate(self, state) -> dict[str, float]:
-    """Means over the first batches of the validation split."""
-    data, total = self._iterator("validation"), None
+    """Means over the first batches of the validation split, whose samples are whole and clean."""
+    clean = dataclasses.replace(
+      self.config.data, split="validation", drop_prompt=0.0, code_noise=0.0
+    )
+    data, total = self._iterator(clean), None
     for _ in range(self.config.eval_batches):
       out = self.eval_fn(state.params, self._place(next(data)), self.table)
       total = out if total is None else jax.tree.map(jnp.add, total, out)

@@ -227,7 +227,7 @@ def total_loss(sums: Metrics, counts: Metrics, config: LossConfig) -> Array:
 
 def summarise(sums: Metrics, counts: Metrics, config: LossConfig) -> Metrics:
   """Returns means: loss, loss/next_token, loss/perceptual, nll per modality and per task (nats per
-  token, weighted as in the loss, so mostly of responses; 0 where the batch has none), tokens."""
+  token, means weighted by `loss_weights`; 0 where the batch has none), tokens."""
   out = {
     "loss": total_loss(sums, counts, config),
     "loss/next_token": losses.ratio(sums["next_token"], counts["next_token"]),

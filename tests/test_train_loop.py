@@ -21,7 +21,7 @@ def make_config(shards, **changes):
   c.data.shards = str(shards)
   c.num_steps, c.batch_size, c.eval_batches = 8, 8, 1
   c.log_every, c.checkpoint_every = 1, 3
-  c.data.sequence_length, c.loss.block_size = 256, 0
+  c.data.sequence_length = 256
   c.update_from_flattened_dict(changes)
   return c
 
@@ -40,7 +40,7 @@ def command(shards, workdir, *more):
     *(sys.executable, "-m", "aromni_jax.train", "--config=configs/demo.py:tiny"),
     *(f"--workdir={workdir}", f"--config.data.shards={shards}", "--config.num_steps=8"),
     *("--config.log_every=1", "--config.checkpoint_every=3", "--config.eval_batches=1"),
-    *("--config.data.sequence_length=256", "--config.loss.block_size=0", *more),
+    *("--config.data.sequence_length=256", *more),
   ]
 
 
@@ -112,6 +112,18 @@ def test_non_finite_loss_stops_and_saves_nothing_after(shards, tmp_path):
 def test_another_model_in_the_workdir_is_named(shards, unbroken, tmp_path):
   with pytest.raises(ValueError, match="another model: model.mlp_dim is 96, was 64"):
     train(make_config(shards, **{"model.mlp_dim": 96}), unbroken)
+  with pytest.raises(ValueError, match="the state of optimizer.name muon, not adam"):
+    train(make_config(shards, **{"optimizer.name": "adam"}), unbroken)
+
+
+def test_validation_is_clean(shards, tmp_path):
+  found = []
+  for noise in (0.0, 0.5):
+    changes = {"data.code_noise": noise, "data.drop_prompt": noise, "num_steps": 1}
+    train(make_config(shards, **changes, **{"optimizer.learning_rate": 0.0}), tmp_path / str(noise))
+    lines = (tmp_path / str(noise) / "metrics.jsonl").read_text().splitlines()
+    found.append(json.loads(lines[-1])["validation/loss"])
+  assert found[0] == found[1]
 
 
 def test_wrong_starts_are_named(shards, tmp_path):

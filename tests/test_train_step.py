@@ -9,11 +9,11 @@ from jax.sharding import PartitionSpec
 
 from aromni_jax import sharding, train_step
 from aromni_jax.data.pipeline import DataConfig, make_train_iterator
-from aromni_jax.losses import LossConfig
+from aromni_jax.losses import LossConfig, token_losses
 from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.models.config import DecoderConfig
 from aromni_jax.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from aromni_jax.vocabulary import get_vocabulary
+from aromni_jax.vocabulary import TASKS, get_vocabulary
 
 VOCABULARY = get_vocabulary("demo")
 MODEL = DecoderConfig(
@@ -129,6 +129,24 @@ def test_a_frozen_projection_stays_and_is_used(batches):
   jax.tree.map(np.testing.assert_array_equal, before, after)
   trained = run(batches)[1]["projection"]
   assert np.abs(trained["kernel"] - after["kernel"]).max() > 1e-4
+
+
+def test_losses_of_tasks_are_weighted_means(batches):
+  batch = batches[0]
+  optimizer = make_optimizer(OptimizerConfig())
+  params = train_step.init_state(MODEL, optimizer, TABLE.shape[1], jax.random.key(0)).params
+  graphdef = nnx.graphdef(nnx.eval_shape(lambda: decoder_lib.Decoder(MODEL, rngs=nnx.Rngs(0))))
+  config = train_step.StepConfig(graphdef, VOCABULARY, LOSS, optimizer)
+  metrics = train_step.summarise(*train_step.evaluate(params, batch, TABLE, config), LOSS)
+  decoder = nnx.merge(graphdef, params["decoder"])
+  hidden = decoder(batch.tokens, batch.positions, batch.segment_ids)
+  nll = np.asarray(token_losses(hidden, decoder.head[...], batch.targets)[0])
+  assert len(np.unique(batch.loss_weights)) > 2
+  for i, task in enumerate(TASKS):
+    weights = batch.loss_weights * (batch.task_ids == i)
+    if weights.any():
+      want = np.sum(weights * nll) / np.sum(weights)
+      assert float(metrics[f"task/{task}"]) == pytest.approx(want, rel=1e-5)
 
 
 def test_loss_of_the_right_targets_falls(batches):

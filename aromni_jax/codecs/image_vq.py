@@ -109,12 +109,11 @@ class GroupNorm(nnx.GroupNorm):
   """The same function of [B, H, W, C]; means go over positions first, which a CPU does faster."""
 
   def __call__(self, x: Array) -> Array:
-    batch, channels = x.shape[0], x.shape[-1]
-    size = channels // self.num_groups
+    batch = len(x)
 
     def group_mean(y):
-      means = jnp.mean(y, axis=(1, 2)).reshape(batch, self.num_groups, size).mean(-1)
-      return jnp.repeat(means, size, axis=-1)[:, None, None]
+      means = jnp.mean(y, axis=(1, 2)).reshape(batch, -1, self.group_size).mean(-1)
+      return jnp.repeat(means, self.group_size, axis=-1)[:, None, None]
 
     centred = x - group_mean(x)
     scale = jax.lax.rsqrt(group_mean(centred**2) + self.epsilon) * self.scale[...]
@@ -126,7 +125,6 @@ def _norm(channels: int, config: ImageVQConfig, rngs: nnx.Rngs) -> GroupNorm:
     channels,
     num_groups=config.num_groups,
     epsilon=_NORM_EPSILON,
-    use_fast_variance=False,
     rngs=rngs,
   )
 
@@ -363,6 +361,12 @@ def to_uint8(pixels: Array | np.ndarray) -> np.ndarray:
   """Returns uint8 pictures of float pixels: clamp to [-1, 1], scale to 0..255, truncate."""
   pixels = np.clip(np.asarray(pixels, np.float32), -1.0, 1.0)
   return ((pixels + np.float32(1.0)) / np.float32(2.0) * np.float32(255.0)).astype(np.uint8)
+
+
+def psnr(output: np.ndarray, target: np.ndarray) -> float:
+  """Returns the mean over pictures uint8[n, H, W, 3] of the peak signal-to-noise ratio, in dB."""
+  error = np.mean((output.astype(np.float64) - target) ** 2, axis=(1, 2, 3))
+  return float(np.mean(10 * np.log10(255.0**2 / np.maximum(error, 1e-3))))
 
 
 def preprocess(picture: Image.Image | str | os.PathLike | bytes, resolution: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """What the image codec is trained with: errors of pixels, and codes that a language model can use.
 
-Codes that only reconstruct are hard to read: they mix what is seen with the colour behind it. So
-the encoder first learns to see, for a reader that names the object of every covered cell, and then
-to draw, where twins (`image_scenes`) exchange the vectors of what covers them.
+Codes that only reconstruct are hard to read: they mix what is seen with the colour behind it. So a
+reader must also name the object of every covered cell, and twins (`image_scenes`) exchange the
+vectors of what covers them before they are drawn.
 """
 
 import jax
@@ -105,12 +105,6 @@ def reconstruct(codec: image_vq.ImageVQ, pictures: np.ndarray) -> tuple[np.ndarr
   return codes, model_dir.decode_images(codec, codes)
 
 
-def psnr(output: np.ndarray, target: np.ndarray) -> float:
-  """Returns the mean over pictures uint8[n, H, W, 3] of the peak signal-to-noise ratio, in dB."""
-  error = np.mean((output.astype(np.float64) - target) ** 2, axis=(1, 2, 3))
-  return float(np.mean(10 * np.log10(255.0**2 / np.maximum(error, 1e-3))))
-
-
 def make_task(
   model: image_vq.ImageVQConfig, source: TwinScenes, held_out: np.ndarray
 ) -> training.CodecTask:
@@ -124,7 +118,7 @@ def make_task(
 
   def measure(codec):
     codes, pictures = reconstruct(codec, held_out)
-    return {"psnr": psnr(pictures, held_out), "used": len(np.unique(codes))}
+    return {"psnr": image_vq.psnr(pictures, held_out), "used": len(np.unique(codes))}
 
   return training.CodecTask(
     make=lambda rngs: ReadableImageVQ(model, len(source.objects), rngs=rngs),

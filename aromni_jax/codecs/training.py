@@ -150,8 +150,9 @@ def train_step(
     quantise = state.step >= config.quantise_after
     seen = jnp.where(quantise, vq.straight_through(z, quantised), z)
     metrics = task.losses(codec.render(task.exchange(seen, batch)), inputs)
-    metrics |= {"commitment": vq.commitment_loss(z, quantised)} | task.regularise(codec, z, batch)
+    metrics |= {"commitment": vq.commitment_loss(z, quantised)}
     if not config.decoder_only:
+      metrics |= task.regularise(codec, z, batch)
       metrics["loss"] += config.commitment * metrics["commitment"] + metrics.get("regular", 0.0)
     return metrics["loss"], (z, codes, metrics)
 
@@ -194,6 +195,7 @@ def fit(
 
   Raises:
     FloatingPointError: if the loss stops being finite; the last checkpoint stays as it was.
+    ValueError: if the decoder alone is trained and the checkpoints are of other codes.
   """
   graphdef, state = init_state(task, config, start)
   step_fn = jax.jit(
@@ -205,6 +207,8 @@ def fit(
     if manager.latest_step() is not None:
       abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
       state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(abstract))
+      if config.decoder_only and (state.codebook.embedding != task.codebook(start)[...]).any():
+        raise ValueError(f"{directory} is of another run: its codes are not those of the start")
       logging.info("Going on from step %d of %s.", int(state.step), directory)
     start, began = int(state.step), time.time()
     for done in range(start + 1, config.num_steps + 1):

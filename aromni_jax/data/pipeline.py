@@ -37,7 +37,8 @@ class DataConfig:
     drop_prompt: share of the samples that answer with a picture alone which lose their prompt, so
       that pictures can be drawn with guidance (Ho and Salimans 2022).
     code_noise: share of the picture and speech codes of responses that are read as random ones, so
-      that what comes next depends more on the prompt (Esser et al. 2021, appendix). Targets stay.
+      that what comes next depends more on the prompt (`pkeep` in the code of Esser et al. 2021).
+      Targets stay.
     window: samples that are packed together.
     seed: seed of the order.
     threads: reader threads of this process.
@@ -195,7 +196,7 @@ class PackedRows:
 def add_code_noise(
   ids: np.ndarray, share: float, vocabulary: Vocabulary, rng: np.random.Generator
 ) -> None:
-  """Replaces a share of the picture and speech codes among int32[n] ids by others, in place."""
+  """Puts random codes in place of a share of the picture and speech codes among int32[n] ids."""
   chosen = rng.random(len(ids)) < share
   for codes in (vocabulary.image, vocabulary.speech):
     hit = chosen & (ids >= codes.start) & (ids < codes.stop)

@@ -53,7 +53,7 @@ class Engine:
     decoder: the model; its layers' parameters are copied.
     vocabulary: its id space.
     samplers: "text", "speech" and "image" -> how ids of that kind are drawn; greedy by default.
-    max_length: positions of the cache, prompt and response together.
+    max_length: most positions of prompt and response together.
   """
 
   def __init__(
@@ -126,7 +126,8 @@ class Engine:
     """Yields what every row has so far, after each `chunk` steps; arguments as in `generate`."""
     self._check(prompts, tasks, max_new_tokens)
     lengths = np.array([len(p) for p in prompts], np.int32)
-    width = _bucket(int(lengths.max()))
+    longest = int(lengths.max())
+    width = _bucket(longest)
     tokens = np.full((len(prompts), width), self.vocabulary.pad, np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
       row[: len(prompt)] = prompt
@@ -136,23 +137,24 @@ class Engine:
       tokens,
       lengths,
       self.machine.init_states(list(tasks)),
-      cache_length=_bucket(width + room),
+      cache_length=_bucket(longest + room),
       max_new_tokens=max_new_tokens,
       guided=self._guided and any("image" in OUTPUTS[task] for task in tasks),
     )
     ids = np.arange(len(prompts)) if row_ids is None else np.asarray(row_ids)
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.asarray(ids))
+    chunk = chunk or max_new_tokens
     step, shown, finished = 0, 0, False
     while not finished:
       if step == room:
         room = min(2 * room, max_new_tokens)
-        progress = _grow(progress, cache_length=_bucket(width + room))
-      limit = min(room, shown + (chunk or max_new_tokens))
+        progress = _grow(progress, cache_length=_bucket(longest + room))
+      limit = min(room, shown + chunk)
       progress = self._advance(self._params, progress, keys, limit)
       step = int(progress.step)
       done = np.asarray(progress.states) == self.machine.done
       finished = done.all() or step >= max_new_tokens
-      if finished or step == shown + (chunk or max_new_tokens):
+      if finished or step == shown + chunk:
         shown, output = step, np.asarray(progress.output)
         yield [_until_eos(row[:step], self.vocabulary.eos) for row in output]
 

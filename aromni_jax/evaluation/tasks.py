@@ -16,8 +16,7 @@ from absl import logging
 from PIL import Image
 
 from aromni_jax import model_dir, pictotalk
-from aromni_jax.codecs import audio
-from aromni_jax.codecs.train_image import psnr
+from aromni_jax.codecs import audio, image_vq
 from aromni_jax.decoding.sampling import Sampler
 from aromni_jax.evaluation.captions import caption_scores
 from aromni_jax.evaluation.scene_reader import read_scene, scene_scores
@@ -214,7 +213,7 @@ class _Referees:
     rebuilt = model_dir.decode_images(self.model.image_codec, codes)
     for name, seen in (("original", pictures), ("codec", rebuilt)):
       out[f"image/{name}"] = scene_scores(captions, [self.read("image", p) for p in seen])
-    out["image/codec"]["psnr"] = psnr(rebuilt, pictures)
+    out["image/codec"]["psnr"] = image_vq.psnr(rebuilt, pictures)
     texts = [caption.text for caption in captions]
     for voice in REPLY_VOICES:
       clips = [audio.resample(item.speech[voice], SAMPLE_RATE, self.rate) for item in items]

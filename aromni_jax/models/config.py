@@ -81,6 +81,3 @@ class DecoderConfig:
     attention over half of `length` positions (causal)."""
     products = self.num_params() - self.vocab_size * self.embed_dim
     return 6.0 * products + 6.0 * self.num_layers * self.num_heads * self.head_dim * length
-
-
-PRESETS = {"chameleon_7b": DecoderConfig()}

@@ -55,7 +55,7 @@ def test_twins_exchange_what_covers_them():
   np.testing.assert_array_equal(other.ravel(), [0, 5, 6, 3])
 
 
-def test_the_reader_learns_and_stays_behind(tmp_path):
+def test_the_reader_learns_and_stays_behind():
   task = train_image.make_task(MODEL, source(batch_size=16), held_out=source()(9)["pictures"])
   config = dataclasses.replace(CONFIG, num_steps=60, learning_rate=1e-2)
   graphdef, state = training.init_state(task, config)
@@ -72,8 +72,8 @@ def test_the_reader_learns_and_stays_behind(tmp_path):
 
 def test_psnr_by_hand():
   black = np.zeros((1, 2, 2, 3), np.uint8)
-  assert train_image.psnr(black + 255, black) == 0
-  assert np.isclose(train_image.psnr(black + 51, black), 20 * np.log10(5))
+  assert image_vq.psnr(black + 255, black) == 0
+  assert np.isclose(image_vq.psnr(black + 51, black), 20 * np.log10(5))
 
 
 def test_shipped_codes_name_the_objects_of_unseen_pairs():

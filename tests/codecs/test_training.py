@@ -108,6 +108,9 @@ def test_the_decoder_alone_can_be_trained(tmp_path):
   assert_same(start.encoder, again.encoder)
   np.testing.assert_array_equal(start.codebook[...], again.codebook[...])
   assert float(jnp.abs(start.decoder.kernel[...] - again.decoder.kernel[...]).max()) > 1e-4
+  other = training.fit(make_task(), dataclasses.replace(CONFIG, seed=1), tmp_path / "c")
+  with pytest.raises(ValueError, match="its codes are not those of the start"):
+    training.fit(task, config, tmp_path / "b", other)
 
 
 def test_a_regulariser_is_a_part_of_the_loss():
