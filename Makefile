@@ -36,7 +36,7 @@ bench: $(VENV)/.stamp  ## benchmarks beside their peers, one JSON line each
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
 	for name in train_step decode data; do $(BIN)/python -m benchmarks.$$name; done
 
-weights: $(VENV)/.stamp  ## rebuild every shipped weight into runs/weights: about three hours
+weights: $(VENV)/.stamp  ## rebuild every shipped weight into runs/weights: about two hours
 	PYTHON=$(BIN)/python launch/weights.sh
 
 clean:  ## remove the environment and everything built

@@ -1,6 +1,6 @@
 """Builds PictoTalk: `python -m data_pipelines.build_pictotalk --data_dir=DIR --config=base`.
 
-About two minutes for the base set on two cores; returns at once if the set is there.
+About a minute for the base set on two cores; returns at once if the set is there.
 """
 
 from absl import app, flags, logging

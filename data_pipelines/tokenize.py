@@ -3,7 +3,7 @@
   python -m data_pipelines.tokenize --data_dir=data --config=base --out=data/tokens_base
 
 Pictures and speech are encoded by the codecs of --model (the shipped ones by default), and every
-caption becomes samples of all nine tasks. About three minutes for the base set on two cores. Equal
+caption becomes samples of all nine tasks. About a minute and a half for the base set on two cores. Equal
 input gives equal shards.
 """
 
