@@ -3,8 +3,8 @@
   python -m data_pipelines.tokenize --data_dir=data --config=base --out=data/tokens_base
 
 Pictures and speech are encoded by the codecs of --model (the shipped ones by default), and every
-caption becomes samples of all nine tasks. About a minute and a half for the base set on two cores. Equal
-input gives equal shards.
+caption becomes samples of all nine tasks. About a minute for the base set on two cores. Equal input
+gives equal shards.
 """
 
 import hashlib

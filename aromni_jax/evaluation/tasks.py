@@ -65,7 +65,7 @@ def load_items(data_dir: str, config: str, split: str, limit: int = 0) -> list[I
     data_dir: folder that `data_pipelines.build_pictotalk` wrote.
     config: PictoTalk preset.
     split: its split.
-    limit: if not 0, at most so many records, evenly spread.
+    limit: if not 0, at most so many records, always the same random ones.
 
   Raises:
     FileNotFoundError: if the set or the split is not there.
@@ -84,7 +84,7 @@ def load_items(data_dir: str, config: str, split: str, limit: int = 0) -> list[I
   source = builder.as_data_source(split)
   records = sorted((source[i] for i in range(len(source))), key=lambda r: r["key"])
   if limit and limit < len(records):
-    records = [records[i * len(records) // limit] for i in range(limit)]
+    records = [records[i] for i in _some(len(records), limit)]
   voices = (*VOICES, UNSEEN_VOICE)
   return [
     Item(
@@ -94,6 +94,11 @@ def load_items(data_dir: str, config: str, split: str, limit: int = 0) -> list[I
     )
     for r in records
   ]
+
+
+def _some(size: int, count: int) -> list[int]:
+  """Returns positions of at most `count` of `size` items; even steps would miss most objects."""
+  return sorted(np.random.default_rng(0).permutation(size)[:count].tolist())
 
 
 def make_cases(items: Sequence[Item], sample_rate: int) -> list[Case]:
@@ -254,12 +259,12 @@ def write_examples(
     model: for the codec's own reconstruction.
     items: raw records.
     answered: the second result of `evaluate`.
-    count: how many captions, evenly spread.
+    count: how many captions, always the same random ones.
 
   Returns:
     Per caption: name -> text, or the file's path relative to the folder's parent.
   """
-  chosen = [i * len(items) // count for i in range(min(count, len(items)))]
+  chosen = _some(len(items), count)
   responses = {(case.item, case.row): response for case, response in answered}
   rate = model.speech_codec.config.sample_rate
   folder.mkdir(parents=True, exist_ok=True)
