@@ -98,7 +98,7 @@ def make_ours():
   mesh = sharding.make_mesh(1, 1, 1)
   table = jnp.zeros((1024, 8))
   graphdef = nnx.graphdef(nnx.eval_shape(lambda: decoder_lib.Decoder(MODEL, rngs=nnx.Rngs(0))))
-  loss = LossConfig(perceptual_weight=0.0, block_size=128)
+  loss = LossConfig(perceptual_weight=0.0)
   config = train_step.StepConfig(graphdef, get_vocabulary("demo"), loss, optimizer)
   with jax.set_mesh(mesh):
 
