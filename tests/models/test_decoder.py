@@ -162,7 +162,8 @@ def test_every_mesh_gives_the_same_gradient(mesh):
   with jax.set_mesh(mesh):
     init = jax.jit(lambda key: decoder_lib.init_params(TINY, key)[1], out_shardings=shardings)
     born = init(jax.random.key(0))  # sharded from birth, and the same numbers
-    jax.tree.map(np.testing.assert_array_equal, params, born)
+    # To the last bit but one: jax 0.12 compiles the normal distribution of a shard otherwise.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7), params, born)
     got = gradient(TINY, born, graphdef)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), want, got)
   kernel = born["layers"]["mlp"]["up"]["kernel"][...]
