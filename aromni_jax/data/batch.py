@@ -15,7 +15,7 @@ class Batch:
   Attributes:
     tokens: int32 input ids; padding is the vocabulary's eos id, told apart by segment 0.
     targets: int32 next ids. The only shifted thing in the project: `targets[t] == tokens[t + 1]`
-      inside a segment.
+      inside a segment, but for codes that `data.code_noise` changed in tokens.
     loss_weights: float32, 0 at the last position of a segment and on padding.
     positions: int32, 0, 1, ... inside each segment.
     segment_ids: int32, 1, 2, ... for the samples of a row; 0 = padding.
