@@ -13,7 +13,12 @@ $(VENV)/.stamp: setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: $(PYTHON) is older than 3.11; name a newer one: make test PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,eval,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,eval]'
+	@touch $@
+
+# The suite also needs PyTorch: it reads real pickles, and compares with transformers.
+$(VENV)/.stamp-dev: $(VENV)/.stamp
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,eval,dev,hf,parquet]'
 	@touch $@
 
 demo: $(VENV)/.stamp  ## PictoTalk from raw data to a report: about 15 minutes on two cores
@@ -22,18 +27,17 @@ demo: $(VENV)/.stamp  ## PictoTalk from raw data to a report: about 15 minutes o
 new-objects: $(VENV)/.stamp  ## fine-tune the shipped decoder on new objects, report before and after
 	PYTHON=$(BIN)/python launch/demo.sh new_objects
 
-test: $(VENV)/.stamp  ## run the suite
+test: $(VENV)/.stamp-dev  ## run the suite
 	$(BIN)/python -m pytest
 
 test-next:  ## run the suite on a newer Python with the JAX and Flax that it resolves to
 	$(MAKE) test VENV=.venv-next PYTHON=$(NEXT_PYTHON)
 
-lint: $(VENV)/.stamp  ## check style and formatting
+lint: $(VENV)/.stamp-dev  ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.stamp  ## benchmarks beside their peers, one JSON line each
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
+bench: $(VENV)/.stamp-dev  ## benchmarks beside their peers, one JSON line each
 	for name in train_step decode data; do $(BIN)/python -m benchmarks.$$name; done
 
 weights: $(VENV)/.stamp  ## rebuild every shipped weight into runs/weights: about two hours

@@ -20,6 +20,8 @@ INSTALL = [
   "importlib-resources>=6",  # tfds imports it when a data set is built, and does not require it
   "ml-collections>=1.1",
   "sentencepiece>=0.2",
+  "tokenizers>=0.21",  # reads the tokenizer JSON of released models
+  "safetensors>=0.5",  # reads and writes released checkpoints
   "absl-py>=2.1",
   "numpy>=2.0",
   "pillow>=11",  # reads pictures; LANCZOS resampling of the native preprocessing
@@ -38,9 +40,11 @@ EXTRAS = {
   "eval": ["jiwer>=4", "matplotlib>=3.9", "pocketsphinx==5.1.1", "scipy>=1.14"],
   "tpu": ["jax[tpu]"],
   "gpu": ["jax[cuda12]"],
-  # The peer of the benchmarks.
-  "bench": ["torch>=2.6", "transformers>=4.50"],
-  "dev": ["hypothesis>=6", "pytest>=8", "ruff>=0.9", "safetensors>=0.5", "pre-commit>=4"],
+  # Released checkpoints that are pickles, and the peer that conversions and benchmarks compare with.
+  "hf": ["torch>=2.6", "transformers>=5"],
+  # AR-Omni's instruction data.
+  "parquet": ["pyarrow>=18"],
+  "dev": ["hypothesis>=6", "pytest>=8", "ruff>=0.9", "pre-commit>=4"],
 }
 
 setup(
