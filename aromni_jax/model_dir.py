@@ -1,8 +1,9 @@
 """Model directories: the one format of shipped, trained and converted models.
 
 `DIR/model.json` says what the parts are; `DIR/decoder`, `DIR/image_codec` and `DIR/speech_codec`
-are Orbax checkpoints of their parameters; `DIR/text.model` is the tokenizer. A directory may lack
-the decoder (what a training starts from).
+are Orbax checkpoints of their parameters; `DIR/text.model` (SentencePiece) or `DIR/tokenizer.json`
+is the tokenizer. A directory may lack the decoder (what a training starts from), and a converted
+one the codec of a modality that its files did not have.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from jax.experimental import multihost_utils
 from aromni_jax import checkpoint
 from aromni_jax.codecs import image_vq, speech_codec
 from aromni_jax.codecs import params as codec_params
-from aromni_jax.codecs.text import SentencePieceText
+from aromni_jax.codecs.text import SentencePieceText, TextCodec, TokenizerJsonText
 from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.models.config import DecoderConfig
 from aromni_jax.vocabulary import Vocabulary
@@ -38,7 +39,8 @@ class Model:
   """Everything that reading and writing all modalities needs.
 
   Attributes:
-    path: the directory. vocabulary: id space. text: text codec. image_codec, speech_codec: codecs.
+    path: the directory. vocabulary: id space. text: text codec.
+    image_codec, speech_codec: codecs, or None if the directory has none.
     decoder: the Transformer, or None if the directory has none yet.
     recipe: prompt family.
     fingerprints: "image_codec", "speech_codec" and "text" -> 16 hex digits.
@@ -46,16 +48,33 @@ class Model:
 
   path: pathlib.Path
   vocabulary: Vocabulary
-  text: SentencePieceText
-  image_codec: image_vq.ImageVQ
-  speech_codec: speech_codec.SpeechCodec
+  text: TextCodec
+  image_codec: image_vq.ImageVQ | None
+  speech_codec: speech_codec.SpeechCodec | None
   decoder: decoder_lib.Decoder | None
   recipe: str
   fingerprints: dict[str, str]
 
+  def needed(self, codec: str) -> nnx.Module:
+    """Returns the codec "image_codec" or "speech_codec". Raises ValueError if there is none."""
+    module = getattr(self, codec)
+    if module is None:
+      raise ValueError(f"{self.path} has no {codec}. {_GET_CODEC[codec]}")
+    return module
 
-def load_model(directory: str | pathlib.Path | None = None) -> Model:
+
+_GET_CODEC = {
+  "image_codec": "Convert with --vqgan=vqgan.ckpt, or train one with aromni train_codec",
+  "speech_codec": "Convert with --wavtokenizer=FILE.ckpt, or train one with aromni train_codec",
+}
+
+
+def load_model(directory: str | pathlib.Path | None = None, *, decoder: bool = True) -> Model:
   """Returns the model of a directory, the shipped one by default.
+
+  Args:
+    directory: the model directory.
+    decoder: False leaves the decoder out, for whoever places its parameters himself.
 
   Raises:
     FileNotFoundError: if the directory or a part of it does not exist.
@@ -64,22 +83,22 @@ def load_model(directory: str | pathlib.Path | None = None) -> Model:
   path = pathlib.Path(directory or SHIPPED)
   info = read_info(path)
   vocabulary = Vocabulary.from_dict(info["vocabulary"])
-  text = SentencePieceText(path / "text.model", vocabulary)
-  decoder = load_decoder(path) if "decoder" in info else None
-  if decoder is not None and decoder.config.vocab_size != vocabulary.size:
-    raise ValueError(
-      f"{path}: the decoder has {decoder.config.vocab_size} ids, the vocabulary {vocabulary.size}"
-    )
+  released = (path / "tokenizer.json").is_file()
+  text_codec, file = (
+    (TokenizerJsonText, "tokenizer.json") if released else (SentencePieceText, "text.model")
+  )
+  text = text_codec(path / file, vocabulary)
+  if "decoder" in info and (size := decoder_config(path).vocab_size) != vocabulary.size:
+    raise ValueError(f"{path}: the decoder has {size} ids, the vocabulary {vocabulary.size}")
+  fingerprints = {name: info[name]["fingerprint"] for name in CODECS if name in info}
   return Model(
     path=path,
     vocabulary=vocabulary,
     text=text,
-    image_codec=load_codec(path, "image_codec"),
-    speech_codec=load_codec(path, "speech_codec"),
-    decoder=decoder,
+    **{name: load_codec(path, name) if name in info else None for name in CODECS},
+    decoder=load_decoder(path) if decoder and "decoder" in info else None,
     recipe=info["recipe"],
-    fingerprints={name: info[name]["fingerprint"] for name in CODECS}
-    | {"text": text.fingerprint()},
+    fingerprints=fingerprints | {"text": text.fingerprint()},
   )
 
 
@@ -101,10 +120,12 @@ def create(directory: str | pathlib.Path, vocabulary: Vocabulary, recipe: str) -
   _update(path, {"vocabulary": vocabulary.to_dict(), "recipe": recipe})
 
 
-def save_codec(directory: str | pathlib.Path, name: str, codec: nnx.Module) -> None:
-  """Writes "image_codec" or "speech_codec" in bfloat16 and notes it in model.json."""
+def save_codec(
+  directory: str | pathlib.Path, name: str, codec: nnx.Module, dtype: str = "bfloat16"
+) -> None:
+  """Writes "image_codec" or "speech_codec" in a storage dtype and notes it in model.json."""
   path = pathlib.Path(directory)
-  checkpoint.save_params(path / name, codec_params.to_params(codec), "bfloat16")
+  checkpoint.save_params(path / name, codec_params.to_params(codec), dtype)
   info = {"config": dataclasses.asdict(codec.config)}
   info["fingerprint"] = fingerprint(info["config"], checkpoint.load_params(path / name))
   _update(path, {name: info})
@@ -119,7 +140,7 @@ def load_codec(directory: str | pathlib.Path, name: str) -> nnx.Module:
   path = pathlib.Path(directory)
   info = read_info(path).get(name)
   if info is None:
-    raise FileNotFoundError(f"{path} has no {name}; train one with aromni train_codec")
+    raise FileNotFoundError(f"{path} has no {name}. {_GET_CODEC[name]}")
   config_class, module = CODECS[name]
   config = config_class(**info["config"])
   params = checkpoint.load_params(path / name)
@@ -132,20 +153,48 @@ def save_decoder(directory: str | pathlib.Path, decoder: nnx.Module, dtype: str)
   """Writes the decoder in a storage dtype and notes it in model.json."""
   path = pathlib.Path(directory)
   checkpoint.save_params(path / "decoder", codec_params.to_params(decoder), dtype)
-  _update(path, {"decoder": {"config": dataclasses.asdict(decoder.config)}})
+  note_decoder(path, decoder.config)
+
+
+def note_decoder(directory: str | pathlib.Path, config: DecoderConfig) -> None:
+  """Says in model.json what the parameters in `DIR/decoder` are."""
+  _update(pathlib.Path(directory), {"decoder": {"config": dataclasses.asdict(config)}})
+
+
+def decoder_config(directory: str | pathlib.Path) -> DecoderConfig:
+  """Returns the configuration of a directory's decoder. Raises FileNotFoundError without one."""
+  info = read_info(pathlib.Path(directory)).get("decoder")
+  if info is None:
+    raise FileNotFoundError(f"{directory} has no decoder; train one with aromni train")
+  return DecoderConfig(**info["config"])
 
 
 def load_decoder(directory: str | pathlib.Path) -> decoder_lib.Decoder:
-  """Returns the decoder of a model directory."""
-  path = pathlib.Path(directory)
-  info = read_info(path).get("decoder")
-  if info is None:
-    raise FileNotFoundError(f"{path} has no decoder; train one with aromni train")
-  config = DecoderConfig(**info["config"])
-  params = checkpoint.load_params(path / "decoder")
-  return codec_params.from_params(
-    lambda rngs: decoder_lib.Decoder(config, rngs=rngs), params, "decoder"
-  )
+  """Returns the decoder of a model directory, on the first device."""
+  config = decoder_config(directory)
+  abstract = nnx.eval_shape(lambda: decoder_lib.Decoder(config, rngs=nnx.Rngs(0)))
+  graphdef, state = nnx.split(abstract)
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state)
+  return nnx.merge(graphdef, load_decoder_state(directory, state))
+
+
+def load_decoder_state(directory: str | pathlib.Path, abstract: nnx.State) -> nnx.State:
+  """Returns the parameters of a model directory's decoder; every device reads its own part.
+
+  Args:
+    directory: the model directory.
+    abstract: shapes, dtypes and shardings of the parameters.
+
+  Raises:
+    ValueError: if the stored parameters have other names or shapes, naming the differences.
+  """
+  path = pathlib.Path(directory) / "decoder"
+  wanted = codec_params.state_to_params(abstract)
+  codec_params.check(wanted, checkpoint.StoredArrays(path).shapes, f"decoder of {directory}")
+  state = jax.tree.map(lambda x: x, abstract)
+  nnx.replace_by_pure_dict(state, checkpoint.load_params(path, wanted))
+  return state
 
 
 def export(

@@ -37,7 +37,7 @@ def train(config: TrainConfig, workdir: str) -> nnx.Module:
     FloatingPointError: if the loss stops being finite; nothing is saved from then on.
     ValueError, FileNotFoundError: for wrong input, see the parts.
   """
-  base = model_dir.load_model(config.base)
+  base = model_dir.load_model(config.base, decoder=False)
   if config.model.vocab_size != base.vocabulary.size:
     raise ValueError(
       f"config.model.vocab_size is {config.model.vocab_size}, but the vocabulary of {base.path} "
@@ -58,22 +58,19 @@ class _Run:
 
   def __init__(self, config, workdir, base, mesh):
     self.config, self.workdir, self.base, self.mesh = config, workdir, base, mesh
-    self.table = base.image_codec.quantize.embedding[...]
+    self.table = base.needed("image_codec").quantize.embedding[...]
     optimizer = make_optimizer(config.optimizer)
     abstract = nnx.eval_shape(lambda: decoder_lib.Decoder(config.model, rngs=nnx.Rngs(0)))
     self.step_config = step_lib.StepConfig(
       nnx.graphdef(abstract), base.vocabulary, config.loss, optimizer, config.accumulate
     )
 
-    codebooks = {
-      base.vocabulary.image: self.table,
-      base.vocabulary.speech: base.speech_codec.codebook[...],
-    }
-
     def init(key):
       state = step_lib.init_state(config.model, optimizer, self.table.shape[1], key)
       std = config.code_embedding_std
       if std:
+        speech = base.needed("speech_codec").codebook[...]
+        codebooks = {base.vocabulary.image: self.table, base.vocabulary.speech: speech}
         key = jax.random.fold_in(key, 1)
         state = step_lib.embed_codebooks(state, codebooks, std, config.model.init_std, key)
       return state
@@ -137,41 +134,30 @@ class _Run:
     return state, step, stop.is_set()
 
   def _iterator(self, config: DataConfig) -> TrainIterator:
-    codecs = {n: self.base.fingerprints[n] for n in ("image_codec", "speech_codec", "text")}
     return make_train_iterator(
       config,
       self.base.vocabulary,
       batch_size=self.config.batch_size,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
-      codecs=codecs,
+      codecs=self.base.fingerprints,
     )
 
   def _start(self, checkpoints: Checkpoints, data: TrainIterator) -> tuple[Any, int]:
     """The newest checkpoint, or the base model's decoder, or random parameters."""
+    abstract = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      self.abstract,
+      self.shardings,
+    )
     if checkpoints.latest_step is not None:
-      abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        self.abstract,
-        self.shardings,
-      )
       state, position = checkpoints.restore(abstract, self._saved_config())
       data.set_state(position)
       logging.info("Going on from step %d of %s.", int(state.step), checkpoints.directory)
       return state, int(state.step)
     state = self.init(jax.random.key(self.config.seed))
     if self.config.init_from_base:
-      if self.base.decoder is None:
-        raise ValueError(f"config.init_from_base: {self.base.path} has no decoder to start from")
-      theirs = nnx.state(self.base.decoder)
-      want, have = (
-        jax.tree.map(jnp.shape, nnx.to_pure_dict(s)) for s in (state.params["decoder"], theirs)
-      )
-      if want != have:
-        raise ValueError(
-          f"config.model does not fit the decoder of {self.base.path}: {self.base.decoder.config}"
-        )
-      decoder = jax.device_put(theirs, self.shardings.params["decoder"])
+      decoder = model_dir.load_decoder_state(self.base.path, abstract.params["decoder"])
       state = dataclasses.replace(state, params=state.params | {"decoder": decoder})
     return state, 0
 

@@ -23,8 +23,13 @@ def init(make: Callable[[nnx.Rngs], Module], seed: int) -> tuple[nnx.GraphDef, n
 
 def to_params(module: nnx.Module) -> dict:
   """Returns the parameters as nested dicts of arrays, all keys strings (list positions too)."""
+  return state_to_params(nnx.state(module, nnx.Param))
+
+
+def state_to_params(state: nnx.State) -> dict:
+  """Returns a state of parameters as nested dicts, all keys strings."""
   params: dict = {}
-  for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+  for path, variable in nnx.to_flat_state(state):
     node = params
     for key in path[:-1]:
       node = node.setdefault(str(key), {})
@@ -45,21 +50,34 @@ def from_params(make: Callable[[nnx.Rngs], Module], params: dict, name: str) -> 
   """
   abstract = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
   graphdef, state = nnx.split(abstract)
-  want, have = _shapes(to_params(abstract)), _shapes(params)
-  if want != have:
-    missing = sorted(want.keys() - have.keys())
-    extra = sorted(have.keys() - want.keys())
-    both = want.keys() & have.keys()
-    shapes = [f"{k}: {have[k]} for {want[k]}" for k in both if want[k] != have[k]]
-    raise ValueError(
-      f"The {name}'s parameters do not fit its config: "
-      f"missing {missing[:4]} ({len(missing)}), unexpected {extra[:4]} ({len(extra)}), "
-      f"wrong shapes {sorted(shapes)[:4]} ({len(shapes)}). Use the config saved beside them."
-    )
+  check(to_params(abstract), shapes(params), name)
   nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, params))
   return nnx.merge(graphdef, state)
 
 
-def _shapes(params: dict) -> dict[str, tuple[int, ...]]:
+def check(wanted: dict, have: dict[str, tuple[int, ...]], name: str) -> None:
+  """Raises ValueError, naming the differences, if parameters do not have the wanted shapes.
+
+  Args:
+    wanted: nested dicts of arrays or their descriptions.
+    have: dotted name -> shape.
+    name: what messages call the module.
+  """
+  want = shapes(wanted)
+  if want == have:
+    return
+  missing = sorted(want.keys() - have.keys())
+  extra = sorted(have.keys() - want.keys())
+  both = want.keys() & have.keys()
+  differ = [f"{k}: {have[k]} for {want[k]}" for k in both if want[k] != have[k]]
+  raise ValueError(
+    f"The {name}'s parameters do not fit its config: "
+    f"missing {missing[:4]} ({len(missing)}), unexpected {extra[:4]} ({len(extra)}), "
+    f"wrong shapes {sorted(differ)[:4]} ({len(differ)}). Use the config saved beside them."
+  )
+
+
+def shapes(params: dict) -> dict[str, tuple[int, ...]]:
+  """Returns dotted name -> shape of nested dicts of arrays."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
-  return {".".join(key.key for key in path): leaf.shape for path, leaf in leaves}
+  return {".".join(key.key for key in path): tuple(leaf.shape) for path, leaf in leaves}

@@ -8,7 +8,7 @@ _ENCODER = "feature_extractor.encodec.encoder.model."
 _CODEBOOK = "feature_extractor.encodec.quantizer.vq.layers.0._codebook."
 # In the checkpoint but not in the function: SEANet's decoder, averages of the codebook, the window
 # (recomputed), discriminators and losses.
-_UNUSED = (
+UNUSED = (
   "feature_extractor.encodec.decoder.",
   _CODEBOOK + "embed_avg",
   _CODEBOOK + "cluster_size",
@@ -33,7 +33,7 @@ def from_torch(tensors: dict[str, np.ndarray]) -> dict:
   tensors = {
     name: tensor
     for name, tensor in _fold_lstm(_fold_weight_norm(tensors)).items()
-    if name.startswith(_USED) and not name.startswith(_UNUSED)
+    if name.startswith(_USED) and not name.startswith(UNUSED)
   }
   indices = [int(name[len(_ENCODER) :].split(".")[0]) for name in tensors if _ENCODER in name]
   params: dict = {}

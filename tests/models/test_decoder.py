@@ -31,6 +31,19 @@ TINY = DecoderConfig(
 )
 
 
+def from_released(tensors, layout, config):
+  """Nested dicts of a state dict in memory."""
+  params = {}
+  for path, names in decoder_names.names(layout, config.num_layers).items():
+    parts = [decoder_names.from_released(tensors[n], path, layout, config) for n in names]
+    *parents, leaf = path.split(".")
+    node = params
+    for key in parents:
+      node = node.setdefault(key, {})
+    node[leaf] = np.stack(parts) if path.startswith("layers.") else parts[0]
+  return params
+
+
 @functools.cache
 def load(name):
   with safe_open(PARITY / f"chameleon_dec_{name}.safetensors", "np") as f:
@@ -49,7 +62,7 @@ def load(name):
     per_head_norm=True,
   )
   weights = {key[2:]: t for key, t in tensors.items() if key.startswith("w.")}
-  params = decoder_names.from_hf(weights, config.head_dim)
+  params = from_released(weights, "C", config)
   graphdef, state = nnx.split(nnx.eval_shape(lambda: decoder_lib.Decoder(config, rngs=nnx.Rngs(0))))
   nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, params))
   return tensors, config, nnx.merge(graphdef, state)

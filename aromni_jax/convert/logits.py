@@ -1,0 +1,152 @@
+"""Logits of a stored decoder, one layer in memory at a time, and the same from PyTorch.
+
+Both run in float32 whatever the weights are stored in, so that they can be compared closely.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aromni_jax import model_dir
+from aromni_jax.checkpoint import StoredArrays
+from aromni_jax.codecs import params as codec_params
+from aromni_jax.convert import decoder_names
+from aromni_jax.convert.decoders import ReleasedDecoder
+from aromni_jax.models import decoder as decoder_lib
+from aromni_jax.models.config import DecoderConfig
+
+_PROMPT_LENGTH = 16
+_ROWS = 512  # of the head that are read at once
+
+
+def fixed_prompt(vocab_size: int) -> np.ndarray:
+  """Returns int32[16] ids from all over the vocabulary, bos first: what certificates are about."""
+  return (np.arange(_PROMPT_LENGTH, dtype=np.int64) * 40_503 % vocab_size).astype(np.int32)
+
+
+def digest(logits: np.ndarray) -> list[dict[str, float]]:
+  """Returns the likeliest id, its logit and the log of the sum of exponentials per position."""
+  best = logits.argmax(-1)
+  total = np.asarray(jax.nn.logsumexp(logits, axis=-1))
+  return [
+    {"id": int(i), "logit": round(float(row[i]), 4), "logsumexp": round(float(s), 4)}
+    for i, row, s in zip(best, logits, total, strict=True)
+  ]
+
+
+def stored_logits(directory: str | pathlib.Path, tokens: np.ndarray) -> np.ndarray:
+  """Returns float32[T, V], the logits of a model directory's decoder after int32[T] tokens."""
+  config = dataclasses.replace(
+    model_dir.decoder_config(directory), dtype="float32", attention="xla"
+  )
+  arrays = StoredArrays(pathlib.Path(directory) / "decoder")
+  positions = jnp.arange(len(tokens))[None]
+  rotary = decoder_lib.rotary_angles(positions, config, jnp.float32)
+
+  @jax.jit
+  def apply(params: dict, x: jax.Array) -> jax.Array:
+    layer = codec_params.from_params(
+      lambda rngs: decoder_lib.Layer(config, rngs=rngs), params, "layer"
+    )
+    return layer(x, rotary, positions, None, None)[0]
+
+  def read(name: str, index=slice(None)) -> np.ndarray:
+    return arrays.read(name, index).astype(np.float32)
+
+  with jax.default_matmul_precision("highest"):
+    x = jnp.asarray(np.stack([read("embedding", int(t)) for t in tokens]))[None]
+    for i in range(config.num_layers):
+      params: dict = {}
+      for name in arrays.dtypes:
+        if name.startswith("layers."):
+          *parents, leaf = name.split(".")[1:]
+          node = params
+          for key in parents:
+            node = node.setdefault(key, {})
+          node[leaf] = read(name, i)
+      x = apply(params, x)
+    x = _rms_norm(x[0], read("norm.scale"), config.norm_eps)
+    logits = 0.0
+    for start in range(0, config.embed_dim, _ROWS):
+      rows = slice(start, min(start + _ROWS, config.embed_dim))
+      logits = logits + x[:, rows] @ read("head", rows)
+  return np.asarray(logits)
+
+
+def _rms_norm(x: jax.Array, scale: np.ndarray, epsilon: float) -> jax.Array:
+  return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon) * scale
+
+
+def torch_logits(decoder: ReleasedDecoder, tokens: np.ndarray) -> np.ndarray:
+  """Returns float32[T, V] of the source's weights in the layers of PyTorch `transformers`.
+
+  The source is read again, tensor by tensor.
+
+  Raises:
+    ImportError: without the extra `hf`.
+  """
+  try:
+    import torch
+    from transformers import ChameleonConfig
+    from transformers.models.chameleon import modeling_chameleon as modeling
+  except ImportError as e:
+    raise ImportError(
+      f"--verify_against needs PyTorch and transformers ({e}): pip install 'aromni_jax[hf]'"
+    ) from e
+  config = decoder.config
+  theirs = ChameleonConfig(**hf_config(config))
+  theirs._attn_implementation = "eager"
+  swin = config.norm_placement == "swin"
+  make = modeling.ChameleonSwinDecoderLayer if swin else modeling.ChameleonDecoderLayer
+  names = decoder_names.names(decoder.layout, config.num_layers)
+  wanted = decoder_names.names("C", 1)
+
+  def read(path: str, i: int = 0):
+    tensor = decoder.tensors[names[path][i]].read()
+    ours = decoder_names.from_released(tensor, path, decoder.layout, config)
+    return torch.from_numpy(
+      np.ascontiguousarray(decoder_names.to_released(ours, path, "C", config), np.float32)
+    )
+
+  length = len(tokens)
+  with torch.inference_mode():
+    positions = torch.arange(length)[None]
+    x = read("embedding")[torch.from_numpy(tokens).long()][None]
+    rotary = modeling.ChameleonRotaryEmbedding(theirs)(x, positions)
+    mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
+    layer = make(theirs, 0).eval()
+    for i in range(config.num_layers):
+      state = {
+        wanted[path][0].removeprefix("model.layers.0."): read(path, i)
+        for path in wanted
+        if path.startswith("layers.")
+      }
+      layer.load_state_dict(state)
+      x = layer(x, attention_mask=mask, position_ids=positions, position_embeddings=rotary)[0]
+    norm = modeling.ChameleonRMSNorm(config.embed_dim, eps=config.norm_eps)
+    norm.weight.data = read("norm.scale")
+    return (norm(x)[0] @ read("head").T).numpy()
+
+
+def hf_config(config: DecoderConfig) -> dict:
+  """Returns the decoder's part of a Hugging Face `config.json`."""
+  return {
+    "vocab_size": config.vocab_size,
+    "hidden_size": config.embed_dim,
+    "intermediate_size": config.mlp_dim,
+    "num_hidden_layers": config.num_layers,
+    "num_attention_heads": config.num_heads,
+    "num_key_value_heads": config.num_kv_heads,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": config.norm_eps,
+    "rope_theta": config.rope_theta,
+    "swin_norm": config.norm_placement == "swin",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+    "vocabulary_map": {"<image>": 8711},
+  }
