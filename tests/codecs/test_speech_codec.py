@@ -1,19 +1,16 @@
 import dataclasses
-import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors import safe_open
 
 from aromni_jax.codecs import params as codec_params
 from aromni_jax.codecs import speech_codec
 from aromni_jax.convert import speech_codec_names
+from tests import parity
 
-FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures/parity/wavtok_tiny.safetensors"
 TINY = speech_codec.SpeechCodecConfig(
   num_filters=4, embed_dim=32, num_codes=64, dim=64, mlp_dim=96, num_layers=3
 )
@@ -24,11 +21,8 @@ SMALL = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def reference():
-  with safe_open(FIXTURE, "np") as f:
-    tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    meta = json.loads(f.metadata()["meta"])
-  weights = {name[2:]: t for name, t in tensors.items() if name.startswith("w.")}
-  return tensors, meta["cases"], weights
+  tensors, meta = parity.load("wavtok_tiny")
+  return tensors, meta["cases"], parity.weights(tensors)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +38,7 @@ def test_equals_the_reference(reference, codec, case):
   latents, codes = nnx.jit(lambda c, w: (c.latents(w), c.encode(w)))(codec, wav)
   np.testing.assert_allclose(latents.swapaxes(1, 2), tensors[f"{case}.out.emb"], atol=1e-5)
   np.testing.assert_array_equal(codes, tensors[f"{case}.out.codes"][0])
-  out = nnx.jit(lambda c, k: c.decode(k, condition))(codec, codes)
+  out = nnx.jit(lambda c, k: c.decode(k, condition=condition))(codec, codes)
   np.testing.assert_allclose(out, tensors[f"{case}.out.wav"], atol=1e-5)
 
 
