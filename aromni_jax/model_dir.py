@@ -172,6 +172,8 @@ def export(
 
 def fingerprint(config: dict[str, Any], params: dict) -> str:
   """Returns 16 hex digits over a codec's configuration and parameters."""
+  # Whether there is a pixel decoder is seen in the parameters; older files do not say it.
+  config = {k: v for k, v in config.items() if k != "has_decoder"}
   digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
   for key, leaf in sorted(
     (jax.tree_util.keystr(k), v) for k, v in jax.tree_util.tree_leaves_with_path(params)

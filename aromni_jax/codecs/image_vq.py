@@ -20,6 +20,8 @@ from aromni_jax.codecs.vqgan import Decoder, Encoder, ImageVQConfig, conv
 
 Array = jax.Array
 
+_MAX_ASPECT = 100
+
 PRESETS = {
   "chameleon": ImageVQConfig(),
   "small": ImageVQConfig(
@@ -52,12 +54,16 @@ class Quantiser(nnx.Module):
 
 
 class ImageVQ(nnx.Module):
-  """VQGAN image codec; every convolution runs at the highest matmul precision."""
+  """VQGAN image codec; every convolution runs at the highest matmul precision.
+
+  Without a pixel decoder (`config.has_decoder`) it keeps `post_quant_conv`, as the Hugging Face
+  checkpoints do, and only encodes.
+  """
 
   def __init__(self, config: ImageVQConfig, *, rngs: nnx.Rngs):
     self.config = config
     self.encoder = Encoder(config, rngs=rngs)
-    self.decoder = Decoder(config, rngs=rngs)
+    self.decoder = Decoder(config, rngs=rngs) if config.has_decoder else None
     self.quantize = Quantiser(config, rngs=rngs)
     self.quant_conv = conv(1, config.z_channels, config.embed_dim, rngs)
     self.post_quant_conv = conv(1, config.embed_dim, config.z_channels, rngs)
@@ -81,7 +87,7 @@ class ImageVQ(nnx.Module):
     """Returns pixels float32[B, H, W, 3], about in [-1, 1], of codes int32[B, h*w].
 
     Raises:
-      ValueError: if there are not `config.image_length` codes per picture.
+      ValueError: if there are not `config.image_length` codes per picture, or no pixel decoder.
     """
     if codes.ndim != 2 or codes.shape[1] != self.config.image_length:
       raise ValueError(
@@ -97,7 +103,15 @@ class ImageVQ(nnx.Module):
       return self.quant_conv(self.encoder(pixels))
 
   def render(self, z: Array) -> Array:
-    """Returns the pixels of quantised vectors float32[B, h, w, embed_dim]."""
+    """Returns the pixels of quantised vectors float32[B, h, w, embed_dim].
+
+    Raises:
+      ValueError: if the codec has no pixel decoder.
+    """
+    if self.decoder is None:
+      raise ValueError(
+        "this model has no pixel decoder; convert with the original vqgan.ckpt to draw"
+      )
     with jax.default_matmul_precision("highest"):
       return self.decoder(self.post_quant_conv(z))
 
@@ -118,14 +132,21 @@ def preprocess(picture: Image.Image | str | os.PathLike | bytes, resolution: int
   """Returns a picture as the codec reads it, float32[resolution, resolution, 3] in [-1, 1].
 
   The native preprocessing of Chameleon: transparency blended on white, short side scaled to
-  `resolution` (Lanczos), centre crop. EXIF orientation is applied first.
+  `resolution` (Lanczos), centre crop. EXIF orientation is applied first; of an animation the first
+  picture is read.
 
   Raises:
     FileNotFoundError: no such file.
-    ValueError: not a picture, damaged, or too large for Pillow's decompression limit.
+    ValueError: not a picture, damaged, over 100 times as long as wide (all of it is scaled before
+      the crop), of floats, or too large for Pillow's decompression limit.
   """
   rgb = whiten(_open(picture))
-  short = min(rgb.size)
+  short, long = sorted(rgb.size)
+  if long > _MAX_ASPECT * short:
+    raise ValueError(
+      f"The picture ({_name(picture)}) is {rgb.width}x{rgb.height} pixels, {long // short} times "
+      f"as long as wide; expected at most {_MAX_ASPECT}. Crop it first: only the middle is encoded."
+    )
   size = tuple(round(resolution / short * side) for side in rgb.size)
   rgb = rgb.resize(size, resample=Image.Resampling.LANCZOS)
   left, top = ((side - resolution) // 2 for side in size)
@@ -134,13 +155,22 @@ def preprocess(picture: Image.Image | str | os.PathLike | bytes, resolution: int
 
 
 def whiten(picture: Image.Image) -> Image.Image:
-  """Returns an RGB picture with any transparency blended on white (truncated to uint8)."""
+  """Returns an RGB picture with any transparency blended on white (truncated to uint8).
+
+  Raises:
+    ValueError: for pixels of floats, whose range is unknown, and other modes without a conversion.
+  """
   if picture.mode == "RGB":
     return picture
   if picture.mode.startswith("I"):
     # 16-bit and 32-bit greys: the conversion of Pillow clips them at 255 instead of scaling.
     grey = np.asarray(picture).astype(np.float64) / 257.0
     return Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)).convert("RGB")
+  if picture.mode in ("F", "La"):
+    raise ValueError(
+      f"A picture has Pillow's mode {picture.mode}; expected integer pixels, grey, palette, RGB or "
+      "CMYK, with or without transparency. Convert it first."
+    )
   rgba = np.asarray(picture.convert("RGBA"))
   if rgba[..., 3].min() == 255:
     return picture.convert("RGB")
@@ -148,15 +178,22 @@ def whiten(picture: Image.Image) -> Image.Image:
   return Image.fromarray(((1.0 - alpha) * 255.0 + alpha * rgba[..., :3]).astype(np.uint8))
 
 
+def _name(picture: Image.Image | str | os.PathLike | bytes) -> str:
+  """What error messages call the picture."""
+  if isinstance(picture, bytes):
+    return f"{len(picture)} bytes"
+  return "in memory" if isinstance(picture, Image.Image) else os.fspath(picture)
+
+
 def _open(picture: Image.Image | str | os.PathLike | bytes) -> Image.Image:
   """Returns a loaded, upright picture; all failures name the file and say what is wrong."""
   if isinstance(picture, Image.Image):
     return ImageOps.exif_transpose(picture)
+  name = _name(picture)
   if isinstance(picture, bytes):
-    name, source = f"{len(picture)} bytes", io.BytesIO(picture)
-    empty = not picture
+    source, empty = io.BytesIO(picture), not picture
   else:
-    name, source = os.fspath(picture), picture
+    source = picture
     if not os.path.exists(name):
       raise FileNotFoundError(f"No picture at {name!r}; check the path.")
     if os.path.isdir(name):

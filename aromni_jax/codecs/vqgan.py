@@ -28,6 +28,7 @@ class ImageVQConfig:
     embed_dim: dimensions of a code.
     n_embed: number of codes.
     num_groups: groups of every group normalisation.
+    has_decoder: whether the codec can draw. Hugging Face checkpoints of Chameleon can only encode.
   """
 
   resolution: int = 512
@@ -39,6 +40,7 @@ class ImageVQConfig:
   embed_dim: int = 256
   n_embed: int = 8192
   num_groups: int = 32
+  has_decoder: bool = True
 
   def __post_init__(self):
     object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
