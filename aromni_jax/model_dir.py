@@ -7,6 +7,7 @@ one the codec of a modality that its files did not have.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -32,6 +33,7 @@ CODECS = {
   "image_codec": (image_vq.ImageVQConfig, image_vq.ImageVQ),
   "speech_codec": (speech_codec.SpeechCodecConfig, speech_codec.SpeechCodec),
 }
+_SHORTEST, _MAX_HOPS = 32, 4096  # of a bucket; of a batch of several rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +221,8 @@ def export(
 
 def fingerprint(config: dict[str, Any], params: dict) -> str:
   """Returns 16 hex digits over a codec's configuration and parameters."""
+  # Whether there is a pixel decoder is seen in the parameters; older files do not say it.
+  config = {k: v for k, v in config.items() if k != "has_decoder"}
   digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
   for key, leaf in sorted(
     (jax.tree_util.keystr(k), v) for k, v in jax.tree_util.tree_leaves_with_path(params)
@@ -233,13 +237,18 @@ def _encode_images(codec: image_vq.ImageVQ, pixels: jax.Array) -> jax.Array:
 
 
 @nnx.jit
-def _decode(codec: nnx.Module, codes: jax.Array) -> jax.Array:
+def _decode_images(codec: image_vq.ImageVQ, codes: jax.Array) -> jax.Array:
   return codec.decode(codes)
 
 
 @nnx.jit
-def _encode_speech(codec: speech_codec.SpeechCodec, wav: jax.Array) -> jax.Array:
-  return codec.encode(wav)
+def _encode_speech(codec: speech_codec.SpeechCodec, wav: jax.Array, lengths: jax.Array):
+  return codec.encode(wav, lengths)
+
+
+@nnx.jit
+def _decode_speech(codec: speech_codec.SpeechCodec, codes: jax.Array, lengths: jax.Array):
+  return codec.decode(codes, lengths)
 
 
 def encode_images(
@@ -254,12 +263,12 @@ def encode_images(
   """
   if pictures.dtype == np.uint8:
     pictures = pictures.astype(np.float32) / 255 * 2 - 1
-  return _in_batches(lambda x: _encode_images(codec, x), pictures, batch_size)
+  return _in_batches(lambda x: _encode_images(codec, x), batch_size, pictures)
 
 
 def decode_images(codec: image_vq.ImageVQ, codes: np.ndarray, batch_size: int = 8) -> np.ndarray:
   """Returns pictures uint8[n, H, W, 3] of codes int32[n, image_length]."""
-  return image_vq.to_uint8(_in_batches(lambda x: _decode(codec, x), codes, batch_size))
+  return image_vq.to_uint8(_in_batches(lambda x: _decode_images(codec, x), batch_size, codes))
 
 
 def encode_speech(
@@ -267,46 +276,84 @@ def encode_speech(
 ) -> list[np.ndarray]:
   """Returns the codes int32[ceil(n / hop)] of every clip, float32[n] at the codec's rate.
 
-  Clips are padded with silence to a power of two of hops and encoded together, so few shapes are
-  compiled; a clip's codes near its end see that silence.
+  Clips are padded to a bucket of hops and encoded together, so few shapes are compiled. With the
+  released encoder a clip has the codes that it has alone. To the encoder "log_mel" padding is
+  silence, heard by the last codes of a clip.
+
+  Args:
+    codec: speech codec.
+    clips: sound; of any length, minutes too.
+    batch_size: clips at a time; fewer in buckets so long that they would hold over 4096 hops.
   """
-  return _bucketed(
-    clips, codec.config.hop, batch_size, lambda x: _encode_speech(codec, x), np.float32, 1
-  )
+  hop = codec.config.hop
+  # Codes that hear the padding must stay what they are: their buckets are powers of two for good.
+  halves = not codec.config.hears_padding
+  run = functools.partial(_encode_speech, codec)
+  return _bucketed(clips, run, batch_size, unit=hop, dtype=np.float32, scale=1, halves=halves)
 
 
 def decode_speech(
   codec: speech_codec.SpeechCodec, codes: list[np.ndarray], batch_size: int = 8
 ) -> list[np.ndarray]:
-  """Returns float32[L * hop] of every sequence of codes int32[L]."""
-  hop = codec.config.hop
-  return _bucketed(codes, 1, batch_size, lambda x: _decode(codec, x), np.int32, hop)
+  """Returns float32[L * hop] of every sequence of codes int32[L], as it would be decoded alone.
+
+  Sequences are padded to buckets and decoded together, as in `encode_speech`.
+  """
+  run = functools.partial(_decode_speech, codec)
+  return _bucketed(codes, run, batch_size, unit=1, dtype=np.int32, scale=codec.config.hop)
 
 
-def _bucketed(items, unit: int, batch_size: int, run, dtype, scale: int) -> list[np.ndarray]:
-  """Runs ragged items in batches of few shapes; results have `scale` values per unit."""
+def bucket(units: int, halves: bool = True) -> int:
+  """Returns the length that `units` hops are padded to: 32, 48, 64, 96, 128, 192, 256, ...
+
+  Powers of two from 32 and, if `halves`, the lengths halfway between them. So at most a third of
+  the work on a bucket of more than 32 is wasted, and all lengths up to three minutes at 40 codes
+  per second need 17 compilations.
+  """
+  power = max(_SHORTEST, 1 << max(units - 1, 0).bit_length())
+  half = power * 3 // 4
+  return half if halves and max(units, _SHORTEST + 1) <= half else power
+
+
+def _bucketed(
+  items, run, batch_size: int, *, unit: int, dtype, scale: int, halves: bool = True
+) -> list[np.ndarray]:
+  """Runs ragged items in batches of few shapes.
+
+  Args:
+    items: arrays [n] of one dtype.
+    run: (rows [b, size * unit], lengths int32[b]) -> results [b, size * scale].
+    batch_size: rows at a time.
+    unit, scale: values of an item, and of a result, per hop.
+    halves: see `bucket`.
+  """
   units = [-(-len(item) // unit) for item in items]
   buckets: dict[int, list[int]] = {}
   for i, n in enumerate(units):
-    buckets.setdefault(max(32, 1 << (n - 1).bit_length()), []).append(i)
+    buckets.setdefault(bucket(n, halves), []).append(i)
   out: list[Any] = [None] * len(items)
   for size, members in buckets.items():
     padded = np.zeros((len(members), size * unit), dtype)
     for row, i in zip(padded, members, strict=True):
       row[: len(items[i])] = items[i]
-    for i, result in zip(members, _in_batches(run, padded, batch_size), strict=True):
+    lengths = np.array([len(items[i]) for i in members], np.int32)
+    rows = min(batch_size, max(1, _MAX_HOPS // size))
+    for i, result in zip(members, _in_batches(run, rows, padded, lengths), strict=True):
       out[i] = result[: units[i] * scale]
   return out
 
 
-def _in_batches(run, rows: np.ndarray, batch_size: int) -> np.ndarray:
+def _in_batches(run, batch_size: int, *arrays: np.ndarray) -> np.ndarray:
   """Applies `run` to batches of one size; the last is filled up with the first row."""
   out = []
-  for start in range(0, len(rows), batch_size):
-    batch = rows[start : start + batch_size]
-    filler = np.repeat(rows[:1], batch_size - len(batch), axis=0)
-    result = np.asarray(run(jnp.asarray(np.concatenate([batch, filler]))))
-    out.append(result[: len(batch)])
+  for start in range(0, len(arrays[0]), batch_size):
+    batch = [a[start : start + batch_size] for a in arrays]
+    count = len(batch[0])
+    filled = [
+      np.concatenate([b, np.repeat(a[:1], batch_size - count, axis=0)])
+      for a, b in zip(arrays, batch, strict=True)
+    ]
+    out.append(np.asarray(run(*map(jnp.asarray, filled)))[:count])
   return np.concatenate(out)
 
 

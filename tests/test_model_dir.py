@@ -1,10 +1,14 @@
+import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from aromni_jax import checkpoint, model_dir
+from aromni_jax.codecs import image_vq, speech_codec
 from aromni_jax.vocabulary import get_vocabulary
 
 
@@ -43,11 +47,74 @@ def test_ragged_speech_comes_back_at_its_length():
   np.testing.assert_allclose(wavs[2], alone, atol=1e-5)
 
 
+def test_a_clip_sounds_as_it_does_alone():
+  """The small codec pads with silence (its codes hear it), but decodes each clip by itself."""
+  codec = model_dir.load_codec(model_dir.SHIPPED, "speech_codec")
+  clip = 0.1 * np.random.default_rng(0).normal(size=400 * 37).astype(np.float32)
+  (codes,) = model_dir.encode_speech(codec, [clip], batch_size=1)
+  silent = np.pad(clip, (0, 400 * (64 - 37)))[None]
+  np.testing.assert_array_equal(codes, nnx.jit(lambda c: c.encode(silent))(codec)[0, :37])
+  (wav,) = model_dir.decode_speech(codec, [codes], batch_size=1)
+  want = nnx.jit(lambda c: c.decode(codes[None]))(codec)[0]
+  np.testing.assert_allclose(wav, want, atol=1e-5)
+
+
+def test_many_lengths_need_few_compilations(monkeypatch):
+  traced = {"encode": [], "decode": []}
+  for name, calls in traced.items():
+
+    def counted(codec, rows, lengths, name=name, calls=calls):
+      calls.append(rows.shape)
+      hop = codec.config.hop
+      if name == "encode":
+        return rows[:, ::hop].astype(np.int32)
+      return rows.repeat(hop, axis=1).astype(np.float32)
+
+    monkeypatch.setattr(speech_codec.SpeechCodec, name, counted)
+  config = speech_codec.SpeechCodecConfig(num_filters=2, dim=32, mlp_dim=1, num_layers=1)
+  abstract = nnx.eval_shape(lambda: speech_codec.SpeechCodec(config, rngs=nnx.Rngs(0)))
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), speech_codec.to_params(abstract))
+  codec = speech_codec.from_params(config, zeros)
+  lengths = np.random.default_rng(0).integers(1, 600 * 1000, 60)
+  clips = [np.full(n, i, np.float32) for i, n in enumerate(lengths)]
+  codes = model_dir.encode_speech(codec, clips, batch_size=4)
+  wavs = model_dir.decode_speech(codec, codes, batch_size=4)
+  for i, n in enumerate(lengths):
+    assert len(codes[i]) == -(-n // 600) and len(wavs[i]) == 600 * len(codes[i])
+    assert set(codes[i]) == {i} and set(wavs[i]) == {i}
+  assert len(traced["encode"]) == len(set(traced["encode"])) <= 11
+  assert len(traced["decode"]) == len(set(traced["decode"])) <= 11
+
+
+def test_buckets_waste_at_most_a_third():
+  units = range(1, 7201)  # to three minutes at 40 codes per second
+  sizes = [model_dir.bucket(n) for n in units]
+  assert all(n <= size <= max(1.5 * n, 32) for n, size in zip(units, sizes, strict=True))
+  assert len(set(sizes)) == 17
+  # The codes of the small codec hear their padding, so these must stay what they are.
+  assert [model_dir.bucket(n, halves=False) for n in (1, 32, 33, 65, 100)] == [32, 32, 64, 128, 128]
+
+
 def test_saved_codec_is_the_loaded_one(copy):
   codec = model_dir.load_codec(copy, "speech_codec")
   before = model_dir.read_info(copy)["speech_codec"]
   model_dir.save_codec(copy, "speech_codec", codec)
   assert model_dir.read_info(copy)["speech_codec"] == before
+  codec = model_dir.load_codec(copy, "image_codec")
+  model_dir.save_codec(copy, "image_codec", codec)
+  after, shipped = (model_dir.read_info(p)["image_codec"] for p in (copy, model_dir.SHIPPED))
+  assert after["fingerprint"] == shipped["fingerprint"]  # the one written before `has_decoder`
+
+
+def test_a_codec_without_pixel_decoder_is_kept(copy):
+  config = dataclasses.replace(image_vq.PRESETS["small"], has_decoder=False)
+  params = image_vq.to_params(model_dir.load_codec(copy, "image_codec"))
+  params.pop("decoder")
+  model_dir.save_codec(copy, "image_codec", image_vq.from_params(config, params))
+  codec = model_dir.load_codec(copy, "image_codec")
+  assert not codec.config.has_decoder
+  with pytest.raises(ValueError, match="no pixel decoder; convert with the original"):
+    model_dir.decode_images(codec, np.zeros((1, 64), np.int32))
 
 
 def test_missing_parts_are_named(copy, tmp_path):

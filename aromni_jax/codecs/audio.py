@@ -8,6 +8,7 @@ import numpy as np
 import soundfile
 
 _ZEROS, _ROLLOFF = 6, 0.99  # of the sinc; the values of torchaudio's default
+_BLOCK = 1 << 16  # samples resampled at a time
 
 
 def read_audio(source: str | os.PathLike | bytes, sample_rate: int) -> np.ndarray:
@@ -59,11 +60,18 @@ def resample(wav: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
   old, new = from_rate // divisor, to_rate // divisor
   cutoff = min(old, new) * _ROLLOFF
   width = math.ceil(_ZEROS * old / cutoff)
+  # One filter per phase, of the samples around the phase's place: those where it is not zero.
+  first = np.arange(new) * old // new - width
+  taps = np.arange(2 * width + 2)
   phase = np.arange(new, dtype=np.float32) / np.float32(new)  # the reference rounds it to float32
-  t = np.arange(-width, width + old) / old - phase[:, None].astype(np.float64)
+  t = (first[:, None] + taps) / old - phase[:, None].astype(np.float64)
   t = np.clip(t * cutoff, -_ZEROS, _ZEROS)
-  kernels = np.sinc(t) * np.cos(t * np.pi / _ZEROS / 2) ** 2 * cutoff / old  # [new, 2 width + old]
-  padded = np.pad(wav.astype(np.float64), (width, width + old))
-  windows = np.lib.stride_tricks.sliding_window_view(padded, kernels.shape[1])[::old]
-  length = math.ceil(len(wav) * new / old)
-  return (windows @ kernels.T).reshape(-1)[:length].astype(np.float32)
+  kernels = np.sinc(t) * np.cos(t * np.pi / _ZEROS / 2) ** 2 * cutoff / old  # [new, taps]
+  padded = np.pad(wav.astype(np.float64), (width, width + old + 2))
+  windows = np.lib.stride_tricks.sliding_window_view(padded, len(taps))
+  out = np.empty(math.ceil(len(wav) * new / old), np.float32)
+  for start in range(0, len(out), _BLOCK):
+    block, which = np.divmod(np.arange(start, min(start + _BLOCK, len(out))), new)
+    near = windows[block * old + first[which] + width]
+    out[start : start + _BLOCK] = np.einsum("nt,nt->n", near, kernels[which])
+  return out

@@ -5,7 +5,6 @@
 Pixels are float32 `[B, H, W, 3]` in [-1, 1]; codes are int32 `[B, h*w]` in raster order.
 """
 
-import dataclasses
 import io
 import os
 
@@ -17,74 +16,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from aromni_jax.codecs import params as codec_params
 from aromni_jax.codecs import vq
+from aromni_jax.codecs.vqgan import Decoder, Encoder, ImageVQConfig, conv
 
 Array = jax.Array
 
-_NORM_EPSILON = 1e-6
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageVQConfig:
-  """Shape of the codec. The defaults are the released Chameleon tokenizer.
-
-  Attributes:
-    resolution: side of the square picture in pixels.
-    in_channels: colour channels.
-    ch: width of the first level.
-    ch_mult: width of each level as a multiple of `ch`; each level but the last halves the side.
-    num_res_blocks: residual blocks of an encoder level (the decoder has one more).
-    z_channels: channels that the encoder hands to the quantiser convolutions.
-    embed_dim: dimensions of a code.
-    n_embed: number of codes.
-    num_groups: groups of every group normalisation.
-  """
-
-  resolution: int = 512
-  in_channels: int = 3
-  ch: int = 128
-  ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-  num_res_blocks: int = 2
-  z_channels: int = 256
-  embed_dim: int = 256
-  n_embed: int = 8192
-  num_groups: int = 32
-
-  def __post_init__(self):
-    object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
-    if not self.ch_mult:
-      raise ValueError("ImageVQConfig.ch_mult is empty; expected one multiple per level.")
-    if self.resolution % self.downsampling:
-      raise ValueError(
-        f"ImageVQConfig.resolution {self.resolution} is not a multiple of {self.downsampling}, "
-        f"the downsampling of {len(self.ch_mult)} levels."
-      )
-    for width in (self.ch, *self.widths):
-      if width % self.num_groups:
-        raise ValueError(
-          f"ImageVQConfig: width {width} (ch={self.ch}, ch_mult={self.ch_mult}) is not a multiple "
-          f"of num_groups={self.num_groups}."
-        )
-
-  @property
-  def widths(self) -> tuple[int, ...]:
-    """Channels of each level."""
-    return tuple(self.ch * m for m in self.ch_mult)
-
-  @property
-  def downsampling(self) -> int:
-    """Pixels per code along one side."""
-    return 2 ** (len(self.ch_mult) - 1)
-
-  @property
-  def grid(self) -> int:
-    """Codes along one side."""
-    return self.resolution // self.downsampling
-
-  @property
-  def image_length(self) -> int:
-    """Codes per picture."""
-    return self.grid**2
-
+_MAX_ASPECT = 100
 
 PRESETS = {
   "chameleon": ImageVQConfig(),
@@ -99,195 +35,6 @@ PRESETS = {
     num_groups=8,
   ),
 }
-
-
-def _conv(size: int, c_in: int, c_out: int, rngs: nnx.Rngs, **options) -> nnx.Conv:
-  return nnx.Conv(c_in, c_out, (size, size), rngs=rngs, **options)
-
-
-class GroupNorm(nnx.GroupNorm):
-  """The same function of [B, H, W, C]; means go over positions first, which a CPU does faster."""
-
-  def __call__(self, x: Array) -> Array:
-    batch = len(x)
-
-    def group_mean(y):
-      means = jnp.mean(y, axis=(1, 2)).reshape(batch, -1, self.group_size).mean(-1)
-      return jnp.repeat(means, self.group_size, axis=-1)[:, None, None]
-
-    centred = x - group_mean(x)
-    scale = jax.lax.rsqrt(group_mean(centred**2) + self.epsilon) * self.scale[...]
-    return centred * scale + self.bias[...]
-
-
-def _norm(channels: int, config: ImageVQConfig, rngs: nnx.Rngs) -> GroupNorm:
-  return GroupNorm(
-    channels,
-    num_groups=config.num_groups,
-    epsilon=_NORM_EPSILON,
-    rngs=rngs,
-  )
-
-
-class ResBlock(nnx.Module):
-  """norm, swish, conv, norm, swish, conv, plus the input (through 1x1 if the width changes)."""
-
-  def __init__(self, c_in: int, c_out: int, config: ImageVQConfig, *, rngs: nnx.Rngs):
-    self.norm1 = _norm(c_in, config, rngs)
-    self.conv1 = _conv(3, c_in, c_out, rngs)
-    self.norm2 = _norm(c_out, config, rngs)
-    self.conv2 = _conv(3, c_out, c_out, rngs)
-    self.nin_shortcut = _conv(1, c_in, c_out, rngs) if c_in != c_out else None
-
-  def __call__(self, x: Array) -> Array:
-    h = self.conv1(jax.nn.silu(self.norm1(x)))
-    h = self.conv2(jax.nn.silu(self.norm2(h)))
-    return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
-
-
-class AttnBlock(nnx.Module):
-  """Single-head self-attention over all positions, with residual."""
-
-  def __init__(self, channels: int, config: ImageVQConfig, *, rngs: nnx.Rngs):
-    self.norm = _norm(channels, config, rngs)
-    self.q = _conv(1, channels, channels, rngs)
-    self.k = _conv(1, channels, channels, rngs)
-    self.v = _conv(1, channels, channels, rngs)
-    self.proj_out = _conv(1, channels, channels, rngs)
-
-  def __call__(self, x: Array) -> Array:
-    batch, height, width, channels = x.shape
-    h = self.norm(x)
-    q, k, v = (f(h).reshape(batch, height * width, channels) for f in (self.q, self.k, self.v))
-    weights = jax.nn.softmax(jnp.einsum("btc,bsc->bts", q, k) * channels**-0.5, axis=-1)
-    h = jnp.einsum("bts,bsc->btc", weights, v).reshape(x.shape)
-    return x + self.proj_out(h)
-
-
-class Middle(nnx.Module):
-  """Residual block, attention, residual block at the lowest resolution."""
-
-  def __init__(self, channels: int, config: ImageVQConfig, *, rngs: nnx.Rngs):
-    self.block_1 = ResBlock(channels, channels, config, rngs=rngs)
-    self.attn_1 = AttnBlock(channels, config, rngs=rngs)
-    self.block_2 = ResBlock(channels, channels, config, rngs=rngs)
-
-  def __call__(self, x: Array) -> Array:
-    return self.block_2(self.attn_1(self.block_1(x)))
-
-
-class Downsample(nnx.Module):
-  """Halves the side: zeros on the right and the bottom only, then a 3x3 convolution of stride 2."""
-
-  def __init__(self, channels: int, *, rngs: nnx.Rngs):
-    self.conv = _conv(3, channels, channels, rngs, strides=2, padding=((0, 1), (0, 1)))
-
-  def __call__(self, x: Array) -> Array:
-    return self.conv(x)
-
-
-class Upsample(nnx.Module):
-  """Doubles the side: nearest neighbour, then a 3x3 convolution."""
-
-  def __init__(self, channels: int, *, rngs: nnx.Rngs):
-    self.conv = _conv(3, channels, channels, rngs)
-
-  def __call__(self, x: Array) -> Array:
-    return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
-
-
-class Level(nnx.Module):
-  """The residual blocks of one resolution and, unless it is the last, the step to the next."""
-
-  def __init__(
-    self,
-    c_in: int,
-    c_out: int,
-    num_blocks: int,
-    config: ImageVQConfig,
-    *,
-    resample: type[Downsample] | type[Upsample] | None,
-    rngs: nnx.Rngs,
-  ):
-    self.block = nnx.List(
-      [ResBlock(c_in if i == 0 else c_out, c_out, config, rngs=rngs) for i in range(num_blocks)]
-    )
-    self.downsample = resample(c_out, rngs=rngs) if resample is Downsample else None
-    self.upsample = resample(c_out, rngs=rngs) if resample is Upsample else None
-
-  def __call__(self, x: Array) -> Array:
-    for block in self.block:
-      x = block(x)
-    if self.downsample is not None:
-      x = self.downsample(x)
-    if self.upsample is not None:
-      x = self.upsample(x)
-    return x
-
-
-class Encoder(nnx.Module):
-  """float32[B, H, W, 3] -> float32[B, h, w, z_channels]."""
-
-  def __init__(self, config: ImageVQConfig, *, rngs: nnx.Rngs):
-    widths = config.widths
-    last = len(widths) - 1
-    self.conv_in = _conv(3, config.in_channels, config.ch, rngs)
-    self.down = nnx.List(
-      [
-        Level(
-          widths[i - 1] if i else config.ch,
-          widths[i],
-          config.num_res_blocks,
-          config,
-          resample=Downsample if i < last else None,
-          rngs=rngs,
-        )
-        for i in range(len(widths))
-      ]
-    )
-    self.mid = Middle(widths[-1], config, rngs=rngs)
-    self.norm_out = _norm(widths[-1], config, rngs)
-    self.conv_out = _conv(3, widths[-1], config.z_channels, rngs)
-
-  def __call__(self, x: Array) -> Array:
-    x = self.conv_in(x)
-    for level in self.down:
-      x = level(x)
-    return self.conv_out(jax.nn.silu(self.norm_out(self.mid(x))))
-
-
-class Decoder(nnx.Module):
-  """float32[B, h, w, z_channels] -> float32[B, H, W, 3] (not clipped).
-
-  `up` is indexed by resolution level, as in the encoder, and run from the last to the first.
-  """
-
-  def __init__(self, config: ImageVQConfig, *, rngs: nnx.Rngs):
-    widths = config.widths
-    last = len(widths) - 1
-    self.conv_in = _conv(3, config.z_channels, widths[-1], rngs)
-    self.mid = Middle(widths[-1], config, rngs=rngs)
-    self.up = nnx.List(
-      [
-        Level(
-          widths[min(i + 1, last)],
-          widths[i],
-          config.num_res_blocks + 1,
-          config,
-          resample=Upsample if i else None,
-          rngs=rngs,
-        )
-        for i in range(len(widths))
-      ]
-    )
-    self.norm_out = _norm(widths[0], config, rngs)
-    self.conv_out = _conv(3, widths[0], config.in_channels, rngs)
-
-  def __call__(self, z: Array) -> Array:
-    x = self.mid(self.conv_in(z))
-    for level in reversed(self.up):
-      x = level(x)
-    return self.conv_out(jax.nn.silu(self.norm_out(x)))
 
 
 class Quantiser(nnx.Module):
@@ -307,15 +54,19 @@ class Quantiser(nnx.Module):
 
 
 class ImageVQ(nnx.Module):
-  """VQGAN image codec; every convolution runs at the highest matmul precision."""
+  """VQGAN image codec; every convolution runs at the highest matmul precision.
+
+  Without a pixel decoder (`config.has_decoder`) it keeps `post_quant_conv`, as the Hugging Face
+  checkpoints do, and only encodes.
+  """
 
   def __init__(self, config: ImageVQConfig, *, rngs: nnx.Rngs):
     self.config = config
     self.encoder = Encoder(config, rngs=rngs)
-    self.decoder = Decoder(config, rngs=rngs)
+    self.decoder = Decoder(config, rngs=rngs) if config.has_decoder else None
     self.quantize = Quantiser(config, rngs=rngs)
-    self.quant_conv = _conv(1, config.z_channels, config.embed_dim, rngs)
-    self.post_quant_conv = _conv(1, config.embed_dim, config.z_channels, rngs)
+    self.quant_conv = conv(1, config.z_channels, config.embed_dim, rngs)
+    self.post_quant_conv = conv(1, config.embed_dim, config.z_channels, rngs)
 
   def encode(self, pixels: Array) -> Array:
     """Returns the codes int32[B, h*w] of pixels float32[B, H, W, 3] in [-1, 1].
@@ -336,7 +87,7 @@ class ImageVQ(nnx.Module):
     """Returns pixels float32[B, H, W, 3], about in [-1, 1], of codes int32[B, h*w].
 
     Raises:
-      ValueError: if there are not `config.image_length` codes per picture.
+      ValueError: if there are not `config.image_length` codes per picture, or no pixel decoder.
     """
     if codes.ndim != 2 or codes.shape[1] != self.config.image_length:
       raise ValueError(
@@ -352,7 +103,15 @@ class ImageVQ(nnx.Module):
       return self.quant_conv(self.encoder(pixels))
 
   def render(self, z: Array) -> Array:
-    """Returns the pixels of quantised vectors float32[B, h, w, embed_dim]."""
+    """Returns the pixels of quantised vectors float32[B, h, w, embed_dim].
+
+    Raises:
+      ValueError: if the codec has no pixel decoder.
+    """
+    if self.decoder is None:
+      raise ValueError(
+        "this model has no pixel decoder; convert with the original vqgan.ckpt to draw"
+      )
     with jax.default_matmul_precision("highest"):
       return self.decoder(self.post_quant_conv(z))
 
@@ -373,14 +132,21 @@ def preprocess(picture: Image.Image | str | os.PathLike | bytes, resolution: int
   """Returns a picture as the codec reads it, float32[resolution, resolution, 3] in [-1, 1].
 
   The native preprocessing of Chameleon: transparency blended on white, short side scaled to
-  `resolution` (Lanczos), centre crop. EXIF orientation is applied first.
+  `resolution` (Lanczos), centre crop. EXIF orientation is applied first; of an animation the first
+  picture is read.
 
   Raises:
     FileNotFoundError: no such file.
-    ValueError: not a picture, damaged, or too large for Pillow's decompression limit.
+    ValueError: not a picture, damaged, over 100 times as long as wide (all of it is scaled before
+      the crop), of floats, or too large for Pillow's decompression limit.
   """
   rgb = whiten(_open(picture))
-  short = min(rgb.size)
+  short, long = sorted(rgb.size)
+  if long > _MAX_ASPECT * short:
+    raise ValueError(
+      f"The picture ({_name(picture)}) is {rgb.width}x{rgb.height} pixels, {long // short} times "
+      f"as long as wide; expected at most {_MAX_ASPECT}. Crop it first: only the middle is encoded."
+    )
   size = tuple(round(resolution / short * side) for side in rgb.size)
   rgb = rgb.resize(size, resample=Image.Resampling.LANCZOS)
   left, top = ((side - resolution) // 2 for side in size)
@@ -389,13 +155,22 @@ def preprocess(picture: Image.Image | str | os.PathLike | bytes, resolution: int
 
 
 def whiten(picture: Image.Image) -> Image.Image:
-  """Returns an RGB picture with any transparency blended on white (truncated to uint8)."""
+  """Returns an RGB picture with any transparency blended on white (truncated to uint8).
+
+  Raises:
+    ValueError: for pixels of floats, whose range is unknown, and other modes without a conversion.
+  """
   if picture.mode == "RGB":
     return picture
   if picture.mode.startswith("I"):
     # 16-bit and 32-bit greys: the conversion of Pillow clips them at 255 instead of scaling.
     grey = np.asarray(picture).astype(np.float64) / 257.0
     return Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)).convert("RGB")
+  if picture.mode in ("F", "La"):
+    raise ValueError(
+      f"A picture has Pillow's mode {picture.mode}; expected integer pixels, grey, palette, RGB or "
+      "CMYK, with or without transparency. Convert it first."
+    )
   rgba = np.asarray(picture.convert("RGBA"))
   if rgba[..., 3].min() == 255:
     return picture.convert("RGB")
@@ -403,15 +178,22 @@ def whiten(picture: Image.Image) -> Image.Image:
   return Image.fromarray(((1.0 - alpha) * 255.0 + alpha * rgba[..., :3]).astype(np.uint8))
 
 
+def _name(picture: Image.Image | str | os.PathLike | bytes) -> str:
+  """What error messages call the picture."""
+  if isinstance(picture, bytes):
+    return f"{len(picture)} bytes"
+  return "in memory" if isinstance(picture, Image.Image) else os.fspath(picture)
+
+
 def _open(picture: Image.Image | str | os.PathLike | bytes) -> Image.Image:
   """Returns a loaded, upright picture; all failures name the file and say what is wrong."""
   if isinstance(picture, Image.Image):
     return ImageOps.exif_transpose(picture)
+  name = _name(picture)
   if isinstance(picture, bytes):
-    name, source = f"{len(picture)} bytes", io.BytesIO(picture)
-    empty = not picture
+    source, empty = io.BytesIO(picture), not picture
   else:
-    name, source = os.fspath(picture), picture
+    source = picture
     if not os.path.exists(name):
       raise FileNotFoundError(f"No picture at {name!r}; check the path.")
     if os.path.isdir(name):

@@ -15,12 +15,13 @@ from flax import nnx
 
 from aromni_jax.codecs import params as codec_params
 from aromni_jax.codecs import vq
-from aromni_jax.codecs.spectrogram import hann, log_mel, overlap_add
+from aromni_jax.codecs.seanet import SEANetEncoder
+from aromni_jax.codecs.spectrogram import log_mel
+from aromni_jax.codecs.vocos import ConvNeXt, Decoder
 
 Array = jax.Array
 
 _EPSILON = 1e-6
-_MAX_MAGNITUDE = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,11 @@ class SpeechCodecConfig:
     if self.position_net and self.dim % self.num_groups:
       raise ValueError(f"SpeechCodecConfig.dim {self.dim} is not a multiple of {self.num_groups}.")
 
+  @property
+  def hears_padding(self) -> bool:
+    """Whether the last codes of a padded clip depend on how much silence follows it."""
+    return self.encoder == "log_mel"
+
   def num_frames(self, num_samples: int) -> int:
     """Codes of a clip."""
     return -(-num_samples // self.hop)
@@ -98,92 +104,12 @@ PRESETS = {
 }
 
 
-class SameConv(nnx.Module):
-  """SEANet's convolution: reflected edges, output length ceil(n / stride). [B, n, C]."""
-
-  def __init__(self, size: int, c_in: int, c_out: int, *, stride: int = 1, rngs: nnx.Rngs):
-    self.size, self.stride = size, stride
-    self.conv = nnx.Conv(c_in, c_out, (size,), strides=stride, padding="VALID", rngs=rngs)
-
-  def __call__(self, x: Array) -> Array:
-    length, total = x.shape[1], self.size - self.stride
-    right = total // 2
-    left = total - right
-    frames = math.ceil((length - self.size + total) / self.stride + 1)
-    right += (frames - 1) * self.stride + self.size - total - length
-    return self.conv(_reflect_pad(x, left, right))
-
-
-def _reflect_pad(x: Array, left: int, right: int) -> Array:
-  """Reflects the edges of [B, n, C]; a clip too short to reflect is first extended with zeros."""
-  short = max(left, right) - x.shape[1] + 1
-  if short <= 0:
-    return jnp.pad(x, ((0, 0), (left, right), (0, 0)), mode="reflect")
-  x = jnp.pad(x, ((0, 0), (0, short), (0, 0)))
-  return jnp.pad(x, ((0, 0), (left, right), (0, 0)), mode="reflect")[:, :-short]
-
-
-class SEANetUnit(nnx.Module):
-  """shortcut(x) + conv1(elu(conv3(elu(x))))."""
-
-  def __init__(self, channels: int, *, rngs: nnx.Rngs):
-    self.conv3 = SameConv(3, channels, channels // 2, rngs=rngs)
-    self.conv1 = SameConv(1, channels // 2, channels, rngs=rngs)
-    self.shortcut = SameConv(1, channels, channels, rngs=rngs)
-
-  def __call__(self, x: Array) -> Array:
-    return self.shortcut(x) + self.conv1(jax.nn.elu(self.conv3(jax.nn.elu(x))))
-
-
-class LSTM(nnx.Module):
-  """One layer with zero initial state; gates in the order input, forget, cell, output."""
-
-  def __init__(self, dim: int, *, rngs: nnx.Rngs):
-    self.input = nnx.Linear(dim, 4 * dim, rngs=rngs)
-    self.recurrent = nnx.Linear(dim, 4 * dim, use_bias=False, rngs=rngs)
-
-  def __call__(self, x: Array) -> Array:
-    kernel = self.recurrent.kernel[...]
-
-    def step(carry, gates):
-      hidden, cell = carry
-      i, f, g, o = jnp.split(gates + hidden @ kernel, 4, axis=-1)
-      cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
-      hidden = jax.nn.sigmoid(o) * jnp.tanh(cell)
-      return (hidden, cell), hidden
-
-    zeros = jnp.zeros((len(x), x.shape[-1]), x.dtype)
-    _, out = jax.lax.scan(step, (zeros, zeros), self.input(x).swapaxes(0, 1))
-    return out.swapaxes(0, 1)
-
-
-class SEANetEncoder(nnx.Module):
-  """float32[B, n] -> float32[B, ceil(n / hop), embed_dim]."""
-
-  def __init__(self, config: SpeechCodecConfig, *, rngs: nnx.Rngs):
-    width = config.num_filters
-    self.conv_in = SameConv(7, 1, width, rngs=rngs)
-    units, downs = [], []
-    for stride in config.strides:
-      units.append(SEANetUnit(width, rngs=rngs))
-      downs.append(SameConv(2 * stride, width, 2 * width, stride=stride, rngs=rngs))
-      width *= 2
-    self.units, self.downs = nnx.List(units), nnx.List(downs)
-    self.lstm = nnx.List([LSTM(width, rngs=rngs) for _ in range(config.lstm_layers)])
-    self.conv_out = SameConv(7, width, config.embed_dim, rngs=rngs)
-
-  def __call__(self, wav: Array) -> Array:
-    x = self.conv_in(wav[..., None])
-    for unit, down in zip(self.units, self.downs, strict=True):
-      x = down(jax.nn.elu(unit(x)))
-    y = x
-    for layer in self.lstm:
-      y = layer(y)
-    return self.conv_out(jax.nn.elu(x + y))
-
-
 class LogMelEncoder(nnx.Module):
-  """float32[B, n] -> float32[B, ceil(n / hop), embed_dim], by ConvNeXt on a log-mel spectrogram."""
+  """float32[B, n] -> float32[B, ceil(n / hop), embed_dim], by ConvNeXt on a log-mel spectrogram.
+
+  Past a clip's end it hears silence: the last frames of a padded clip (14, 0.35 s, in the preset
+  "small") are those of the clip with as much silence as there is padding.
+  """
 
   def __init__(self, config: SpeechCodecConfig, *, rngs: nnx.Rngs):
     self.config = config
@@ -198,8 +124,9 @@ class LogMelEncoder(nnx.Module):
     self.norm = nnx.LayerNorm(dim, epsilon=_EPSILON, rngs=rngs)
     self.out = nnx.Linear(dim, config.embed_dim, rngs=rngs)
 
-  def __call__(self, wav: Array) -> Array:
+  def __call__(self, wav: Array, lengths: Array) -> Array:
     c = self.config
+    wav = jnp.where(_mask(lengths, wav.shape[1]), wav, 0.0)
     mel = log_mel(wav, c.sample_rate, n_fft=3 * c.hop, hop=c.hop, bins=c.mel_bins)
     x = self.conv_in(0.25 * mel + 1.0)  # speech then lies about in [-1, 1.5]
     for block in self.blocks:
@@ -207,186 +134,106 @@ class LogMelEncoder(nnx.Module):
     return self.out(self.norm(x))
 
 
-class AdaptiveNorm(nnx.Module):
-  """LayerNorm whose gain and bias are rows of a table: `norm(x) * scale[i] + shift[i]`."""
-
-  def __init__(self, dim: int, num_conditions: int, *, rngs: nnx.Rngs):
-    del rngs
-    self.scale = nnx.Param(jnp.ones((num_conditions, dim)))
-    self.shift = nnx.Param(jnp.zeros((num_conditions, dim)))
-
-  def __call__(self, x: Array, condition: int | Array = 0) -> Array:
-    mean = x.mean(-1, keepdims=True)
-    x = x - mean
-    x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + _EPSILON)
-    return x * self.scale[...][condition] + self.shift[...][condition]
+def _make_encoder(config: SpeechCodecConfig, rngs: nnx.Rngs) -> nnx.Module:
+  c = config
+  if c.encoder == "log_mel":
+    return LogMelEncoder(c, rngs=rngs)
+  return SEANetEncoder(c.num_filters, c.strides, c.lstm_layers, c.embed_dim, rngs=rngs)
 
 
-class ConvNeXt(nnx.Module):
-  """Depthwise convolution of 7 frames, adaptive norm, MLP with GELU, scaled residual. [B, L, D]."""
-
-  def __init__(self, dim: int, mlp_dim: int, num_conditions: int, depth: int, *, rngs: nnx.Rngs):
-    # Kernel [7, 1, D] as nnx.Conv would have it, applied as seven shifted products: XLA's grouped
-    # convolutions are many times slower on a CPU.
-    init = nnx.initializers.truncated_normal(0.02)
-    self.depthwise = nnx.Param(init(rngs.params(), (7, 1, dim)))
-    self.depthwise_bias = nnx.Param(jnp.zeros(dim))
-    self.norm = AdaptiveNorm(dim, num_conditions, rngs=rngs)
-    self.up = nnx.Linear(dim, mlp_dim, rngs=rngs)
-    self.down = nnx.Linear(mlp_dim, dim, rngs=rngs)
-    self.gamma = nnx.Param(jnp.full(dim, 1.0 / depth))
-
-  def __call__(self, x: Array, condition: int | Array = 0) -> Array:
-    kernel = self.depthwise[...]
-    reach = len(kernel) // 2
-    padded = jnp.pad(x, ((0, 0), (reach, reach), (0, 0)))
-    h = sum(padded[:, i : i + x.shape[1]] * kernel[i, 0] for i in range(len(kernel)))
-    h = self.norm(h + self.depthwise_bias[...], condition)
-    h = self.down(jax.nn.gelu(self.up(h), approximate=False))
-    return x + self.gamma[...] * h
-
-
-def _group_norm(config: SpeechCodecConfig, rngs: nnx.Rngs) -> nnx.GroupNorm:
-  return nnx.GroupNorm(
-    config.dim,
-    num_groups=config.num_groups,
-    epsilon=_EPSILON,
-    use_fast_variance=False,
+def _make_decoder(config: SpeechCodecConfig, rngs: nnx.Rngs) -> Decoder:
+  c = config
+  return Decoder(
+    embed_dim=c.embed_dim,
+    dim=c.dim,
+    mlp_dim=c.mlp_dim,
+    num_layers=c.num_layers,
+    num_conditions=c.num_conditions,
+    position_groups=c.num_groups if c.position_net else None,
+    hop=c.hop,
+    n_fft=c.n_fft,
     rngs=rngs,
   )
 
 
-class PositionRes(nnx.Module):
-  """norm, swish, conv, norm, swish, conv, plus the input; statistics run over the whole clip."""
-
-  def __init__(self, config: SpeechCodecConfig, *, rngs: nnx.Rngs):
-    self.norm1, self.norm2 = _group_norm(config, rngs), _group_norm(config, rngs)
-    self.conv1 = nnx.Conv(config.dim, config.dim, (3,), rngs=rngs)
-    self.conv2 = nnx.Conv(config.dim, config.dim, (3,), rngs=rngs)
-
-  def __call__(self, x: Array) -> Array:
-    h = self.conv1(jax.nn.silu(self.norm1(x)))
-    return x + self.conv2(jax.nn.silu(self.norm2(h)))
-
-
-class PositionAttention(nnx.Module):
-  """Single-head attention over all frames of the clip, with residual."""
-
-  def __init__(self, config: SpeechCodecConfig, *, rngs: nnx.Rngs):
-    dim = config.dim
-    self.norm = _group_norm(config, rngs)
-    self.q, self.k, self.v = (nnx.Linear(dim, dim, rngs=rngs) for _ in range(3))
-    self.proj_out = nnx.Linear(dim, dim, rngs=rngs)
-
-  def __call__(self, x: Array) -> Array:
-    h = self.norm(x)
-    scores = jnp.einsum("btd,bsd->bts", self.q(h), self.k(h)) * x.shape[-1] ** -0.5
-    return x + self.proj_out(jax.nn.softmax(scores, axis=-1) @ self.v(h))
-
-
-class PositionNet(nnx.Module):
-  """Two residual blocks, attention, two residual blocks, norm: the part that sees whole clips."""
-
-  def __init__(self, config: SpeechCodecConfig, *, rngs: nnx.Rngs):
-    make = PositionRes, PositionRes, PositionAttention, PositionRes, PositionRes
-    self.blocks = nnx.List([block(config, rngs=rngs) for block in make])
-    self.norm = _group_norm(config, rngs)
-
-  def __call__(self, x: Array) -> Array:
-    for block in self.blocks:
-      x = block(x)
-    return self.norm(x)
-
-
-class Decoder(nnx.Module):
-  """Vocos: float32[B, L, embed_dim] -> float32[B, L * hop]."""
-
-  def __init__(self, config: SpeechCodecConfig, *, rngs: nnx.Rngs):
-    self.config = config
-    dim, rows = config.dim, config.num_conditions
-    self.embed = nnx.Conv(config.embed_dim, dim, (7,), rngs=rngs)
-    self.position_net = PositionNet(config, rngs=rngs) if config.position_net else None
-    self.norm = AdaptiveNorm(dim, rows, rngs=rngs)
-    self.blocks = nnx.List(
-      [
-        ConvNeXt(dim, config.mlp_dim, rows, config.num_layers, rngs=rngs)
-        for _ in range(config.num_layers)
-      ]
-    )
-    self.final_norm = nnx.LayerNorm(dim, epsilon=_EPSILON, use_fast_variance=False, rngs=rngs)
-    self.head = nnx.Linear(dim, config.n_fft + 2, rngs=rngs)
-
-  def hidden(self, features: Array, condition: int | Array = 0) -> Array:
-    """Returns the frames before the head, float32[B, L, dim]."""
-    x = self.embed(features)
-    if self.position_net is not None:
-      x = self.position_net(x)
-    x = self.norm(x, condition)
-    for block in self.blocks:
-      x = block(x, condition)
-    return self.final_norm(x)
-
-  def __call__(self, features: Array, condition: int | Array = 0) -> Array:
-    c = self.config
-    magnitude, phase = jnp.split(self.head(self.hidden(features, condition)), 2, axis=-1)
-    magnitude = jnp.minimum(jnp.exp(magnitude), _MAX_MAGNITUDE)
-    spectrum = jax.lax.complex(magnitude * jnp.cos(phase), magnitude * jnp.sin(phase))
-    window = hann(c.n_fft)
-    frames = jnp.fft.irfft(spectrum, c.n_fft) * window
-    wav = overlap_add(frames, c.hop)
-    envelope = overlap_add(jnp.broadcast_to(window**2, (1, *frames.shape[1:])), c.hop)
-    trim = (c.n_fft - c.hop) // 2
-    return (wav / jnp.where(envelope > 1e-11, envelope, 1.0))[:, trim : wav.shape[1] - trim]
-
-
 class SpeechCodec(nnx.Module):
-  """WavTokenizer-shaped codec; every product runs at the highest matmul precision."""
+  """WavTokenizer-shaped codec; every product runs at the highest matmul precision.
+
+  A batch may hold clips of several lengths, padded with anything: with `lengths`, int32[B] from 1
+  to the width of the batch, each row comes out as it would alone. The one exception is the encoder
+  "log_mel", to which padding is silence. Values past a row's end are zeros in sound and without
+  meaning in codes and vectors.
+  """
 
   def __init__(self, config: SpeechCodecConfig, *, rngs: nnx.Rngs):
     self.config = config
-    encoders = {"seanet": SEANetEncoder, "log_mel": LogMelEncoder}
-    self.encoder = encoders[config.encoder](config, rngs=rngs)
+    self.encoder = _make_encoder(config, rngs)
     shape = (config.num_codes, config.embed_dim)
     self.codebook = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32))
-    self.decoder = Decoder(config, rngs=rngs)
+    self.decoder = _make_decoder(config, rngs)
 
-  def encode(self, wav: Array) -> Array:
+  def encode(self, wav: Array, lengths: Array | None = None) -> Array:
     """Returns the codes int32[B, ceil(n / hop)] of sound float32[B, n].
 
+    Args:
+      wav: sound at the codec's rate.
+      lengths: int32[B], valid samples of each row; None: all. `config.num_frames` of them are valid
+        codes.
+
     Raises:
-      ValueError: if the clips are empty or not [B, n].
+      ValueError: if the clips are empty or not [B, n], or the lengths not [B].
     """
     if wav.ndim != 2 or not wav.shape[1]:
       raise ValueError(
         f"SpeechCodec.encode got sound of shape {wav.shape}; expected [B, n] with n >= 1."
       )
-    return vq.nearest_codes(self.latents(wav), self.codebook[...])
+    return vq.nearest_codes(self.latents(wav, lengths), self.codebook[...])
 
-  def decode(self, codes: Array, condition: int = 0) -> Array:
+  def decode(self, codes: Array, lengths: Array | None = None, condition: int = 0) -> Array:
     """Returns sound float32[B, L * hop] of codes int32[B, L].
 
     Args:
       codes: codes.
+      lengths: int32[B], valid codes of each row; None: all.
       condition: row of the adaptive norms (WavTokenizer's bandwidth id).
 
     Raises:
-      ValueError: if the codes are not [B, L] with L >= 1.
+      ValueError: if the codes are not [B, L] with L >= 1, or the lengths not [B].
     """
     if codes.ndim != 2 or not codes.shape[1]:
       raise ValueError(
         f"SpeechCodec.decode got codes of shape {codes.shape}; expected [B, L] with L >= 1."
       )
-    return self.render(self.codebook[...][codes], condition)
+    return self.render(self.codebook[...][codes], lengths, condition)
 
-  def latents(self, wav: Array) -> Array:
+  def latents(self, wav: Array, lengths: Array | None = None) -> Array:
     """Returns the vectors before quantisation, float32[B, L, embed_dim]."""
     with jax.default_matmul_precision("highest"):
-      return self.encoder(wav)
+      return self.encoder(wav, _lengths(wav, lengths))
 
-  def render(self, features: Array, condition: int = 0) -> Array:
+  def render(self, features: Array, lengths: Array | None = None, condition: int = 0) -> Array:
     """Returns the sound float32[B, L * hop] of quantised vectors float32[B, L, embed_dim]."""
+    mask = _mask(_lengths(features, lengths), features.shape[1])
     with jax.default_matmul_precision("highest"):
-      return self.decoder(features, condition)
+      return self.decoder(features, mask, condition)
+
+
+def _lengths(rows: Array, lengths: Array | None) -> Array:
+  """Returns int32[B], the given lengths or the whole width of rows [B, n, ...]."""
+  if lengths is None:
+    return jnp.full(len(rows), rows.shape[1], jnp.int32)
+  lengths = jnp.asarray(lengths)
+  if lengths.shape != (len(rows),) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+    raise ValueError(
+      f"SpeechCodec got lengths {lengths.dtype}{list(lengths.shape)} for {len(rows)} rows; "
+      f"expected int32[{len(rows)}], one valid length per row."
+    )
+  return lengths
+
+
+def _mask(lengths: Array, width: int) -> Array:
+  """Returns bool[B, width], true before each row's end."""
+  return jnp.arange(width) < lengths[:, None]
 
 
 def to_params(codec: SpeechCodec) -> dict:

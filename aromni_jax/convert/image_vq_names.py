@@ -1,6 +1,9 @@
 """Names and layouts of the Chameleon VQGAN checkpoint, as our image codec has them."""
 
+import jax
 import numpy as np
+
+_TORCH_LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
 def from_torch(tensors: dict[str, np.ndarray]) -> dict:
@@ -35,3 +38,23 @@ def from_torch(tensors: dict[str, np.ndarray]) -> dict:
       node = node.setdefault(key, {})
     node[leaf] = tensor
   return params
+
+
+def to_torch(params: dict) -> dict[str, np.ndarray]:
+  """Returns the VQGAN state dict of `image_vq.to_params`: the inverse of `from_torch`, to the bit.
+
+  Args:
+    params: nested dicts of arrays.
+
+  Returns:
+    Names and layouts as `from_torch` takes them.
+  """
+  tensors = {}
+  for keys, array in jax.tree_util.tree_leaves_with_path(params):
+    *path, leaf = (key.key for key in keys)
+    array = np.asarray(array)
+    if leaf == "kernel":
+      array = np.ascontiguousarray(array.transpose(3, 2, 0, 1))
+    path += ["embedding", "weight"] if leaf == "embedding" else [_TORCH_LEAF[leaf]]
+    tensors[".".join(path)] = array
+  return tensors

@@ -1,21 +1,60 @@
 import io
-import pathlib
 
 import numpy as np
 import pytest
 import soundfile
-from safetensors import safe_open
 
 from aromni_jax.codecs import audio
-
-FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures/parity/resample.safetensors"
+from tests import parity
 
 
 @pytest.mark.parametrize("rate", [16000, 22050, 44100, 48000])
 def test_resampling_equals_the_reference(rate):
-  with safe_open(FIXTURE, "np") as f:
-    wav, want = f.get_tensor(f"{rate}.in").mean(0), f.get_tensor(f"{rate}.out")[0]
-  np.testing.assert_allclose(audio.resample(wav, rate, 24000), want, atol=1e-5)
+  tensors, _ = parity.load("resample")
+  wav = audio.resample(tensors[f"{rate}.in"].mean(0), rate, 24000)
+  np.testing.assert_allclose(wav, tensors[f"{rate}.out"][0], atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [16000, 22050, 44100, 48000])
+def test_files_resample_as_the_reference(tmp_path, rate):
+  """Through a file: the channels' mean (44.1 kHz is stereo), then 24 kHz."""
+  tensors, _ = parity.load("resample")
+  soundfile.write(tmp_path / "x.wav", tensors[f"{rate}.in"].T, rate, subtype="FLOAT")
+  wav = audio.read_audio(tmp_path / "x.wav", 24000)
+  np.testing.assert_allclose(wav, tensors[f"{rate}.out"][0], atol=1e-5)
+
+
+RATES = 8000, 11025, 16000, 22050, 32000, 44100, 44101, 48000
+
+
+@pytest.mark.parametrize("to_rate", [16000, 24000])
+@pytest.mark.parametrize("rate", RATES)
+def test_every_rate_keeps_length_loudness_and_pitch(rate, to_rate):
+  """A tone stays that tone, at 44.101 kHz too, which shares no divisor with 24 kHz."""
+  seconds = np.arange(rate + 7) / rate
+  wav = audio.resample(0.5 * np.sin(2 * np.pi * 440 * seconds), rate, to_rate)
+  assert wav.dtype == np.float32 and len(wav) == -(-len(seconds) * to_rate // rate)
+  want = 0.5 * np.sin(2 * np.pi * 440 * np.arange(len(wav)) / to_rate)
+  np.testing.assert_allclose(wav[200:-200], want[200:-200], atol=2e-3)
+
+
+def test_what_the_lower_rate_cannot_hold_is_gone():
+  tone = np.sin(2 * np.pi * 15_000 * np.arange(48_000) / 48_000)
+  assert np.abs(audio.resample(tone, 48_000, 24_000)[200:-200]).max() < 1e-2
+
+
+@pytest.mark.parametrize("n", [1, 2, 13, 70_000])
+def test_blocks_and_short_clips(n):
+  """A clip is the sum of its halves, each with silence for the other, across blocks too."""
+  rng = np.random.default_rng(0)
+  wav = rng.normal(size=n).astype(np.float32)
+  whole = audio.resample(wav, 16_000, 24_000)
+  assert len(whole) == -(-3 * n // 2)
+  cut = n // 2
+  parts = [np.where(np.arange(n) < cut, wav, 0), np.where(np.arange(n) < cut, 0, wav)]
+  np.testing.assert_allclose(
+    sum(audio.resample(p, 16_000, 24_000) for p in parts), whole, atol=1e-6
+  )
 
 
 @pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "FLOAT"])

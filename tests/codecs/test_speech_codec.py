@@ -1,19 +1,17 @@
 import dataclasses
-import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors import safe_open
 
+from aromni_jax import model_dir
 from aromni_jax.codecs import params as codec_params
-from aromni_jax.codecs import speech_codec
+from aromni_jax.codecs import seanet, speech_codec
 from aromni_jax.convert import speech_codec_names
+from tests import parity
 
-FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures/parity/wavtok_tiny.safetensors"
 TINY = speech_codec.SpeechCodecConfig(
   num_filters=4, embed_dim=32, num_codes=64, dim=64, mlp_dim=96, num_layers=3
 )
@@ -24,11 +22,8 @@ SMALL = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def reference():
-  with safe_open(FIXTURE, "np") as f:
-    tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    meta = json.loads(f.metadata()["meta"])
-  weights = {name[2:]: t for name, t in tensors.items() if name.startswith("w.")}
-  return tensors, meta["cases"], weights
+  tensors, meta = parity.load("wavtok_tiny")
+  return tensors, meta["cases"], parity.weights(tensors)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +39,79 @@ def test_equals_the_reference(reference, codec, case):
   latents, codes = nnx.jit(lambda c, w: (c.latents(w), c.encode(w)))(codec, wav)
   np.testing.assert_allclose(latents.swapaxes(1, 2), tensors[f"{case}.out.emb"], atol=1e-5)
   np.testing.assert_array_equal(codes, tensors[f"{case}.out.codes"][0])
-  out = nnx.jit(lambda c, k: c.decode(k, condition))(codec, codes)
+  out = nnx.jit(lambda c, k: c.decode(k, condition=condition))(codec, codes)
   np.testing.assert_allclose(out, tensors[f"{case}.out.wav"], atol=1e-5)
+
+
+def test_released_size_equals_the_reference():
+  """Both clips of the fixture in one padded batch; anything may stand in the padding."""
+  tensors, _ = parity.load("wavtok_full_io")
+  codec = speech_codec.from_params(
+    speech_codec.PRESETS["wavtokenizer"],
+    speech_codec_names.from_torch(parity.weights(tensors)),
+  )
+  wavs = [tensors[f"{case}.in.wav"][0] for case in "ab"]
+  latents, codes = nnx.jit(lambda c, w, n: (c.latents(w, n), c.encode(w, n)))(codec, *padded(wavs))
+  want = [tensors[f"{case}.out.codes"][0, 0] for case in "ab"]
+  out = nnx.jit(lambda c, k, n: c.decode(k, n))(codec, *padded(want))
+  for row, case in enumerate("ab"):
+    frames, sound = len(want[row]), tensors[f"{case}.out.wav"][0]
+    emb = tensors[f"{case}.out.emb"][0].T
+    np.testing.assert_allclose(latents[row, :frames], emb, atol=1e-5)
+    np.testing.assert_array_equal(codes[row, :frames], want[row])
+    np.testing.assert_allclose(out[row, : len(sound)], sound, atol=1e-5)
+
+
+def padded(rows):
+  """Returns the rows with large noise to the right of their ends, and their lengths."""
+  lengths = np.array([len(row) for row in rows], np.int32)
+  noise = np.random.default_rng(0).integers(1, 9, (len(rows), lengths.max() + 50))
+  out = noise.astype(rows[0].dtype)
+  for i, row in enumerate(rows):
+    out[i, : len(row)] = row
+  return out, lengths
+
+
+@pytest.mark.parametrize(("left", "right", "extra"), [(3, 3, 0), (3, 2, 4), (1, 1, 0), (2, 2, 3)])
+def test_rows_are_mirrored_at_their_own_ends(left, right, extra):
+  """Against NumPy's reflection of each row alone, the short ones extended with zeros first."""
+  rows = [np.arange(1, n + 1, dtype=np.float32) for n in range(1, 12)]
+  x, lengths = padded(rows)
+  needed = right + np.arange(len(rows)) % (extra + 1)
+  out = seanet.mirror_ends(x[..., None], lengths, left, jnp.asarray(needed), right + extra)
+  for got, row, after in zip(out, rows, needed, strict=True):
+    short = max(0, max(left, after) + 1 - len(row))
+    want = np.pad(np.pad(row, (0, short)), (left, after), mode="reflect")
+    want = want[: len(want) - short]
+    np.testing.assert_array_equal(got[: len(want), 0], want)
+
+
+def test_padded_rows_are_what_they_are_alone(codec):
+  rng = np.random.default_rng(0)
+  wavs = [0.3 * rng.normal(size=n).astype(np.float32) for n in (1, 430, 601, 6100)]
+  encode = nnx.jit(lambda c, w, n=None: c.encode(w, n))
+  decode = nnx.jit(lambda c, k, n=None: c.decode(k, n))
+  together = encode(codec, *padded(wavs))
+  alone = [np.asarray(encode(codec, wav[None])[0]) for wav in wavs]
+  for row, codes in zip(together, alone, strict=True):
+    np.testing.assert_array_equal(row[: len(codes)], codes)
+  sounds = decode(codec, *padded(alone))
+  for row, codes in zip(sounds, alone, strict=True):
+    want = decode(codec, codes[None])[0]
+    np.testing.assert_allclose(row[: len(want)], want, atol=1e-5)
+    assert not row[len(want) :].any()
+
+
+def test_minutes_of_sound(codec):
+  """200 seconds: the codes are those of a piece where it does not end, the sound is that alone."""
+  wav = 0.3 * np.random.default_rng(0).normal(size=24_000 * 200).astype(np.float32)
+  (codes,) = model_dir.encode_speech(codec, [wav])
+  (piece,) = model_dir.encode_speech(codec, [wav[: 24_000 * 10]])
+  assert len(codes) == 8000 and len(piece) == 400
+  np.testing.assert_array_equal(codes[:395], piece[:395])  # the last five hear the mirrored end
+  (sound,) = model_dir.decode_speech(codec, [codes])
+  want = nnx.jit(lambda c, k: c.decode(k))(codec, codes[None])[0]
+  np.testing.assert_allclose(sound, want, atol=1e-5)
 
 
 def test_unknown_encoder_tensor_is_named(reference):
@@ -98,6 +164,10 @@ def test_wrong_shapes_are_named(codec):
     codec.encode(jnp.zeros((1, 0)))
   with pytest.raises(ValueError, match=r"\[B, L\] with L >= 1"):
     codec.decode(jnp.zeros(5, jnp.int32))
+  with pytest.raises(ValueError, match=r"lengths int32\[2\] for 3 rows; expected int32\[3\]"):
+    codec.decode(jnp.zeros((3, 5), jnp.int32), jnp.ones(2, jnp.int32))
+  with pytest.raises(ValueError, match=r"lengths float32\[1\] for 1 rows"):
+    codec.encode(jnp.zeros((1, 5)), jnp.ones(1))
   with pytest.raises(ValueError, match="do not multiply"):
     dataclasses.replace(TINY, hop=601)
   with pytest.raises(ValueError, match="not a multiple of 600"):
