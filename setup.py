@@ -40,7 +40,7 @@ EXTRAS = {
   "eval": ["jiwer>=4", "matplotlib>=3.9", "pocketsphinx==5.1.1", "scipy>=1.14"],
   "tpu": ["jax[tpu]"],
   "gpu": ["jax[cuda12]"],
-  # Released checkpoints that are pickles, and the peer that conversions and benchmarks compare with.
+  # Reads released checkpoints that are pickles; the peer of conversions and benchmarks.
   "hf": ["torch>=2.6", "transformers>=5"],
   # AR-Omni's instruction data.
   "parquet": ["pyarrow>=18"],

@@ -56,18 +56,22 @@ def stored_logits(directory: str | pathlib.Path, tokens: np.ndarray) -> np.ndarr
   def read(name: str, index=slice(None)) -> np.ndarray:
     return arrays.read(name, index).astype(np.float32)
 
+  def read_layer(i: int) -> dict:
+    """Its parameters as they are stored; the layer casts them one by one."""
+    params: dict = {}
+    for name in arrays.dtypes:
+      if name.startswith("layers."):
+        *parents, leaf = name.split(".")[1:]
+        node = params
+        for key in parents:
+          node = node.setdefault(key, {})
+        node[leaf] = arrays.read(name, i)
+    return params
+
   with jax.default_matmul_precision("highest"):
     x = jnp.asarray(np.stack([read("embedding", int(t)) for t in tokens]))[None]
     for i in range(config.num_layers):
-      params: dict = {}
-      for name in arrays.dtypes:
-        if name.startswith("layers."):
-          *parents, leaf = name.split(".")[1:]
-          node = params
-          for key in parents:
-            node = node.setdefault(key, {})
-          node[leaf] = read(name, i)
-      x = apply(params, x)
+      x = apply(read_layer(i), x).block_until_ready()
     x = _rms_norm(x[0], read("norm.scale"), config.norm_eps)
     logits = 0.0
     for start in range(0, config.embed_dim, _ROWS):
