@@ -151,6 +151,15 @@ def load_codec(directory: str | pathlib.Path, name: str) -> nnx.Module:
   return codec_params.from_params(lambda rngs: module(config, rngs=rngs), params, name)
 
 
+def perceptual_table(directory: str | pathlib.Path, codec: image_vq.ImageVQ) -> np.ndarray:
+  """Returns float32[codes, dimensions], the image embeddings of the perceptual loss: the codebook,
+  or the table that a released model came with (`DIR/perception`)."""
+  path = pathlib.Path(directory) / "perception"
+  if path.is_dir():
+    return checkpoint.load_params(path)["table"]
+  return np.asarray(codec.quantize.embedding[...])
+
+
 def save_decoder(directory: str | pathlib.Path, decoder: nnx.Module, dtype: str) -> None:
   """Writes the decoder in a storage dtype and notes it in model.json."""
   path = pathlib.Path(directory)

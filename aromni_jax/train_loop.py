@@ -58,7 +58,8 @@ class _Run:
 
   def __init__(self, config, workdir, base, mesh):
     self.config, self.workdir, self.base, self.mesh = config, workdir, base, mesh
-    self.table = base.needed("image_codec").quantize.embedding[...]
+    image_codec = base.needed("image_codec")
+    self.table = jnp.asarray(model_dir.perceptual_table(base.path, image_codec))
     optimizer = make_optimizer(config.optimizer)
     abstract = nnx.eval_shape(lambda: decoder_lib.Decoder(config.model, rngs=nnx.Rngs(0)))
     self.step_config = step_lib.StepConfig(
@@ -70,7 +71,8 @@ class _Run:
       std = config.code_embedding_std
       if std:
         speech = base.needed("speech_codec").codebook[...]
-        codebooks = {base.vocabulary.image: self.table, base.vocabulary.speech: speech}
+        image = image_codec.quantize.embedding[...]
+        codebooks = {base.vocabulary.image: image, base.vocabulary.speech: speech}
         key = jax.random.fold_in(key, 1)
         state = step_lib.embed_codebooks(state, codebooks, std, config.model.init_std, key)
       return state

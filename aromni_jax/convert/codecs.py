@@ -45,9 +45,6 @@ def image_codec(
     raise ValueError(
       f"{where} has {config.n_embed} image codes; the vocabulary has {len(vocabulary.image)}"
     )
-  if not config.has_decoder:  # of the decoder, Hugging Face keeps this one convolution
-    skipped |= {n: "there is no pixel decoder" for n in tensors if n.startswith("post_quant")}
-    tensors = {n: t for n, t in tensors.items() if n not in skipped}
   params = image_vq_names.from_torch(_arrays(tensors))
   make = lambda rngs: image_vq.ImageVQ(config, rngs=rngs)  # noqa: E731
   return codec_params.from_params(make, params, f"image codec in {where}"), skipped

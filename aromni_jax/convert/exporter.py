@@ -15,7 +15,7 @@ from absl import logging
 from flax import nnx
 from safetensors.numpy import save_file
 
-from aromni_jax import checkpoint, model_dir
+from aromni_jax import model_dir
 from aromni_jax.checkpoint import StoredArrays
 from aromni_jax.codecs import image_vq
 from aromni_jax.codecs import params as codec_params
@@ -63,20 +63,21 @@ def export(model: str | pathlib.Path, out: str | pathlib.Path, layout: str) -> N
       "export with --format=C"
     )
   arrays = StoredArrays(model / "decoder")
-  total = sum(int(np.prod(s)) * arrays.dtypes[n].itemsize for n, s in arrays.shapes.items())
-  check_room(out, total)
   info = model_dir.read_info(model)
   codec = model_dir.load_codec(model, "image_codec") if "image_codec" in info else None
+  tensors = list(_decoder_tensors(arrays, config, layout))
+  if layout != "A":
+    tensors += _vq_tensors(model, codec)
+  total = sum(_nbytes(tensor) for tensor in tensors)
+  check_room(out, total)
   partial = out.with_name(out.name + ".partial")
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
   logging.info("Writing layout %s, %.2f GB.", layout, total / 1e9)
   try:
-    tensors = list(_decoder_tensors(arrays, config, layout))
     if layout == "A":
       _write_native(partial, tensors, config, progress(total))
     else:
-      tensors += _vq_tensors(model, codec)
       _write_hugging_face(partial, tensors, config, layout, model, codec, progress(total))
     if layout != "C":
       _write_pickles(partial, model, codec, layout)
@@ -115,8 +116,12 @@ def _vq_tensors(model: pathlib.Path, codec: image_vq.ImageVQ | None) -> list[_TE
   ]
 
 
+def _nbytes(tensor: _TENSOR) -> int:
+  return int(np.prod(tensor[1])) * tensor[2].itemsize
+
+
 def _numpy(codec: nnx.Module) -> dict:
-  return jax.tree.map(np.asarray, codec_params.to_params(codec))
+  return jax.tree.map(np.array, codec_params.to_params(codec))
 
 
 def _write_native(
@@ -173,12 +178,11 @@ def _write_hugging_face(
   shards: list[list[_TENSOR]] = [[]]
   room = _SHARD_BYTES
   for tensor in tensors:
-    size = int(np.prod(tensor[1])) * tensor[2].itemsize
-    if size > room and shards[-1]:
+    if _nbytes(tensor) > room and shards[-1]:
       shards.append([])
       room = _SHARD_BYTES
     shards[-1].append(tensor)
-    room -= size
+    room -= _nbytes(tensor)
   place: dict[str, str] = {}
   for number, shard in enumerate(shards, 1):
     name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -186,8 +190,8 @@ def _write_hugging_face(
     save_file(arrays, folder / name, metadata={"format": "pt"})
     place |= dict.fromkeys(arrays, name)
     on_piece(sum(a.nbytes for a in arrays.values()))
-  size = sum(int(np.prod(shape)) * dtype.itemsize for _, shape, dtype, _ in tensors)
-  index = {"metadata": {"total_size": size}, "weight_map": place}
+  total = sum(_nbytes(tensor) for tensor in tensors)
+  index = {"metadata": {"total_size": total}, "weight_map": place}
   _write_json(folder / "model.safetensors.index.json", index)
   fork = layout == "B"
   ids = load_tokenizer(model / "tokenizer.json").get_vocab()
@@ -247,16 +251,8 @@ def _write_pickles(
     text = yaml.safe_dump({"model": {"params": params | {"lossconfig": target}}})
     (folder / "tokenizer/vqgan.yaml").write_text(text)
   if layout == "B":
-    torch.save(_to_torch(perceptual_table(model, codec)), folder / "perception.ckpt")
-
-
-def perceptual_table(model: pathlib.Path, codec: image_vq.ImageVQ) -> np.ndarray:
-  """Returns what the perceptual loss compares with, bfloat16[codes, dimensions], as released."""
-  if (model / "perception").is_dir():
-    table = checkpoint.load_params(model / "perception")["table"]
-  else:
-    table = np.asarray(codec.quantize.embedding[...])
-  return table.astype(ml_dtypes.bfloat16)
+    table = model_dir.perceptual_table(model, codec).astype(ml_dtypes.bfloat16)
+    torch.save(_to_torch(table), folder / "perception.ckpt")
 
 
 def _write_tokenizer(folder: pathlib.Path, model: pathlib.Path, layout: str) -> None:

@@ -4,12 +4,12 @@ Safetensors are read by their library, pickles by `torch.load(weights_only=True,
 runs no code of the file; PyTorch is in the extra `hf` and needed for pickles alone.
 """
 
-import collections
 import dataclasses
 import hashlib
 import json
 import pathlib
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -169,9 +169,11 @@ def _load_pickle(path: pathlib.Path) -> Any:
   try:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
   except pickle.UnpicklingError as e:
+    found = re.search(r"Unsupported global: GLOBAL (\S+)", str(e))
+    what = f"names {found[1]}, which is no weight" if found else "is damaged"
     raise ValueError(
-      f"{path} holds more than weights, or is damaged: {e}. Nothing in it was run. If it can be "
-      "trusted, save its state dict alone and convert that"
+      f"{path} {what}; nothing in it was run. If the file can be trusted, save its state dict "
+      "alone and convert that"
     ) from e
   except (RuntimeError, EOFError, ValueError, KeyError) as e:
     raise ValueError(f"{path} is not a whole PyTorch checkpoint: {e}") from e
@@ -199,8 +201,3 @@ def _torch():
       "safetensors"
     ) from e
   return torch
-
-
-def counts(tensors: Tensors) -> dict[str, int]:
-  """Returns file name -> number of tensors, for messages."""
-  return dict(collections.Counter(t.file.name for t in tensors.values()))
