@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from aromni_jax.config import TrainConfig, to_dataclass
-from configs import base, demo
+from configs import base, demo, finetune_7b, pretrain_7b
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -14,6 +14,18 @@ ROOT = pathlib.Path(__file__).parents[1]
 def test_every_demo_config_is_whole(argument):
   config = to_dataclass(TrainConfig, demo.get_config(argument).to_dict())
   assert config.model.vocab_size == 2944
+
+
+@pytest.mark.parametrize("module", [pretrain_7b, finetune_7b])
+@pytest.mark.parametrize("argument", pretrain_7b.ARGUMENTS)
+def test_every_7b_config_is_whole(module, argument):
+  config = to_dataclass(TrainConfig, module.get_config(argument).to_dict())
+  assert config.model.num_params() == 7_013_158_912
+  blocks, rest = divmod(config.data.sequence_length, config.loss.block_size)
+  assert blocks > 1 and rest == 0
+  assert config.loss.train_projection == (argument == "paper")
+  with pytest.raises(ValueError, match="7b.py:big does not exist; expected one of"):
+    module.get_config("big")
 
 
 def test_the_base_config_is_the_paper_and_released_switches_all():
