@@ -78,9 +78,29 @@ def load_model(directory: str | pathlib.Path | None = None) -> Model:
     speech_codec=load_codec(path, "speech_codec"),
     decoder=decoder,
     recipe=info["recipe"],
-    fingerprints={name: info[name]["fingerprint"] for name in CODECS}
-    | {"text": text.fingerprint()},
+    fingerprints=_fingerprints(path, info, text),
   )
+
+
+def read_identity(directory: str | pathlib.Path) -> tuple[Vocabulary, dict[str, str]]:
+  """Returns what token shards are checked against: the vocabulary and the fingerprints that
+  `Model` has, without loading any parameters.
+
+  Raises:
+    FileNotFoundError: if the directory or a codec does not exist.
+  """
+  path = pathlib.Path(directory)
+  info = read_info(path)
+  vocabulary = Vocabulary.from_dict(info["vocabulary"])
+  text = SentencePieceText(path / "text.model", vocabulary)
+  return vocabulary, _fingerprints(path, info, text)
+
+
+def _fingerprints(path: pathlib.Path, info: dict[str, Any], text: SentencePieceText):
+  for name in CODECS:
+    if name not in info:
+      raise FileNotFoundError(f"{path} has no {name}; train one with aromni train_codec")
+  return {n: info[n]["fingerprint"] for n in CODECS} | {"text": text.fingerprint()}
 
 
 def read_info(path: pathlib.Path) -> dict[str, Any]:
