@@ -130,5 +130,6 @@ def test_responses_of_several_turns_move_with_the_ids_when_the_prompt_goes():
   np.testing.assert_array_equal(one.spans, [[1, 9]])
   for spans in ([[4, 6], [8, 11]], [[1, 6], [8, 12]], [[0, 2], [3, 5]]):
     sample = Sample(ids, "dialogue", spans[0][0], "k", np.array(spans, np.int32))
+    assert (np.diff(without_prompt(sample).tokens) > 0).all()
     for (a, b), (c, d) in zip(spans, without_prompt(sample).spans, strict=True):
       np.testing.assert_array_equal(ids[a:b], without_prompt(sample).tokens[c:d])

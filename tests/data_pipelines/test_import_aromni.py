@@ -245,7 +245,8 @@ def test_bad_rows_are_named(tmp_path, change, reason):
 def test_labels_of_several_turns_are_kept_and_packed(tmp_path):
   rows = [dialogue(turns, seed=turns) for turns in (1, 2, 3, 4)] * 80  # several row batches
   rows[5] = rows[5] | {"labels": rows[5]["input_ids"]}  # every id is predicted
-  rows[6] = rows[6] | {"labels": rows[6]["labels"][:-2] + [IGNORED] * 2}  # the end is not
+  for n in (4, 6):  # the end is not; one turn, and three
+    rows[n] = rows[n] | {"labels": rows[n]["labels"][:-2] + [IGNORED] * 2}
   write_parquet(tmp_path / "a.parquet", rows)
   import_files(tmp_path / "a.parquet", tmp_path / "out", V, {}, validation_fraction=0)
   samples = {s.key: s for s in read(tmp_path / "out")}
@@ -299,8 +300,9 @@ def test_names_of_samples_are_stable_and_unique(tmp_path):
 def test_validation_is_a_share_by_name(tmp_path):
   write_jsonl(tmp_path / "in/a.jsonl", records(400))
   import_files(tmp_path / "in", tmp_path / "a", V, {}, validation_fraction=0.2)
-  write_jsonl(tmp_path / "in/b.jsonl", [r | {"id": "new/" + r["id"]} for r in records(100)])
-  import_files(tmp_path / "in", tmp_path / "b", V, {}, validation_fraction=0.2)
+  write_jsonl(tmp_path / "more/a.jsonl", [r | {"id": "new/" + r["id"]} for r in records(100)])
+  write_jsonl(tmp_path / "more/b.jsonl", records(400))
+  import_files(tmp_path / "more", tmp_path / "b", V, {}, validation_fraction=0.2)
   first = {s.key for s in read(tmp_path / "a", "validation")}
   assert 50 < len(first) < 110
   assert not first & {s.key for s in read(tmp_path / "a", "train")}
@@ -398,6 +400,7 @@ def test_imported_shards_train_with_the_model_that_was_named(shards, tmp_path):
   done = run(tmp_path / "in", tmp_path / "out", model, "--validation_fraction=0.1")
   assert done.returncode == 0, done.stderr
   demo, codecs = model_dir.read_identity(model_dir.SHIPPED)
+  assert set(codecs) == {"image_codec", "speech_codec", "text"}
   assert codecs == model_dir.load_model().fingerprints
   for split in ("train", "validation"):
     config = DataConfig(str(tmp_path / "out"), split=split, drop_prompt=0.1)
