@@ -84,15 +84,9 @@ def load_model(directory: str | pathlib.Path | None = None, *, decoder: bool = T
   """
   path = pathlib.Path(directory or SHIPPED)
   info = read_info(path)
-  vocabulary = Vocabulary.from_dict(info["vocabulary"])
-  released = (path / "tokenizer.json").is_file()
-  text_codec, file = (
-    (TokenizerJsonText, "tokenizer.json") if released else (SentencePieceText, "text.model")
-  )
-  text = text_codec(path / file, vocabulary)
+  vocabulary, text, fingerprints = _identity(path, info)
   if "decoder" in info and (size := decoder_config(path).vocab_size) != vocabulary.size:
     raise ValueError(f"{path}: the decoder has {size} ids, the vocabulary {vocabulary.size}")
-  fingerprints = {name: info[name]["fingerprint"] for name in CODECS if name in info}
   return Model(
     path=path,
     vocabulary=vocabulary,
@@ -100,8 +94,29 @@ def load_model(directory: str | pathlib.Path | None = None, *, decoder: bool = T
     **{name: load_codec(path, name) if name in info else None for name in CODECS},
     decoder=load_decoder(path) if decoder and "decoder" in info else None,
     recipe=info["recipe"],
-    fingerprints=fingerprints | {"text": text.fingerprint()},
+    fingerprints=fingerprints,
   )
+
+
+def read_identity(directory: str | pathlib.Path) -> tuple[Vocabulary, dict[str, str]]:
+  """Returns what token shards are checked against: the vocabulary and the fingerprints that
+  `Model` has, without loading any parameters. Raises FileNotFoundError without a directory."""
+  path = pathlib.Path(directory)
+  vocabulary, _, fingerprints = _identity(path, read_info(path))
+  return vocabulary, fingerprints
+
+
+def _identity(
+  path: pathlib.Path, info: dict[str, Any]
+) -> tuple[Vocabulary, TextCodec, dict[str, str]]:
+  vocabulary = Vocabulary.from_dict(info["vocabulary"])
+  released = (path / "tokenizer.json").is_file()
+  text_codec, file = (
+    (TokenizerJsonText, "tokenizer.json") if released else (SentencePieceText, "text.model")
+  )
+  text = text_codec(path / file, vocabulary)
+  fingerprints = {name: info[name]["fingerprint"] for name in CODECS if name in info}
+  return vocabulary, text, fingerprints | {"text": text.fingerprint()}
 
 
 def read_info(path: pathlib.Path) -> dict[str, Any]:

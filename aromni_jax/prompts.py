@@ -104,14 +104,24 @@ class Sample:
   Attributes:
     tokens: int32[n], from bos to eos.
     task: task name.
-    response_start: position of the response's first id.
+    response_start: position of the first response's first id.
     key: stable name of the source item.
+    response_spans: int32[k, 2], [start, stop) of every response of a dialogue of several turns, in
+      order; None if the one response runs from `response_start` to the end.
   """
 
   tokens: np.ndarray
   task: str
   response_start: int
   key: str
+  response_spans: np.ndarray | None = None
+
+  @property
+  def spans(self) -> np.ndarray:
+    """int32[k, 2], [start, stop) of every response, whether there is one or several."""
+    if self.response_spans is None:
+      return np.array([[self.response_start, len(self.tokens)]], np.int32)
+    return self.response_spans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,9 +226,13 @@ def make_sample(
 
 
 def without_prompt(sample: Sample) -> Sample:
-  """Returns the sample as bos and its response: what guidance compares a picture with."""
-  tokens = np.concatenate([sample.tokens[:1], sample.tokens[sample.response_start :]])
-  return dataclasses.replace(sample, tokens=tokens, response_start=1)
+  """Returns the sample as bos and its response: what guidance compares a picture with. Of several
+  turns, what follows the first response stays."""
+  cut = max(sample.response_start - 1, 0)
+  spans = None if sample.response_spans is None else sample.response_spans - cut
+  tokens = np.concatenate([sample.tokens[:1], sample.tokens[cut + 1 :]])
+  start = sample.response_start - cut
+  return dataclasses.replace(sample, tokens=tokens, response_start=start, response_spans=spans)
 
 
 def parse(tokens: np.ndarray, vocabulary: Vocabulary) -> list[Segment]:

@@ -59,6 +59,7 @@ def get_config() -> ConfigDict:
   w.response = 1.0  # weight of response targets
   w.boosted = 2.0  # weight of the responses of boosted_tasks
   w.boosted_tasks = ("image_caption", "speech_to_text")  # short texts about other modalities
+  w.transcript = 1.0  # factor on what is written down between <-Ins-> and <-Res->
 
   c.loss = loss = ConfigDict()
   loss.perceptual_weight = 0.1  # lambda; 0 leaves the perceptual loss out

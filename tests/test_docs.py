@@ -31,7 +31,10 @@ def test_flags_of_jobs_exist(job):
   assert used <= flags_of(f"aromni_jax.{job}")
 
 
-@pytest.mark.parametrize("module", ["build_pictotalk", "tokenize", "train_text"])
+PIPELINES = ("build_pictotalk", "tokenize", "train_text", "import_aromni", "export_aromni")
+
+
+@pytest.mark.parametrize("module", PIPELINES)
 def test_flags_of_pipelines_exist(module):
   lines = re.findall(rf"data_pipelines\.{module} ([^\n`|]*)", TEXT)
   used = {flag for line in lines for flag in re.findall(r"--(\w+)", line)}

@@ -11,10 +11,12 @@ from aromni_jax.prompts import (
   RECIPES,
   WORDINGS,
   Parts,
+  Sample,
   make_prompt,
   make_sample,
   parse,
   read_response,
+  without_prompt,
   wording,
 )
 from aromni_jax.vocabulary import TASKS, get_vocabulary
@@ -119,3 +121,15 @@ def test_any_text_is_encoded_into_text_ids(text):
 
 def test_characters_outside_the_model_survive_as_bytes():
   assert TEXT.decode(TEXT.encode("Füße 象 two dogs")) == "Füße 象 two dogs"
+
+
+def test_responses_of_several_turns_move_with_the_ids_when_the_prompt_goes():
+  ids = np.arange(12)
+  one = without_prompt(Sample(ids, "dialogue", 4, "k"))
+  np.testing.assert_array_equal(one.tokens, [0, *range(4, 12)])
+  np.testing.assert_array_equal(one.spans, [[1, 9]])
+  for spans in ([[4, 6], [8, 11]], [[1, 6], [8, 12]], [[0, 2], [3, 5]]):
+    sample = Sample(ids, "dialogue", spans[0][0], "k", np.array(spans, np.int32))
+    assert (np.diff(without_prompt(sample).tokens) > 0).all()
+    for (a, b), (c, d) in zip(spans, without_prompt(sample).spans, strict=True):
+      np.testing.assert_array_equal(ids[a:b], without_prompt(sample).tokens[c:d])

@@ -180,12 +180,11 @@ class PackedRows:
       span = slice(at, at + n)
       out["tokens"][span] = sample.tokens
       if self.config.code_noise:
-        response = out["tokens"][at + sample.response_start : at + n]
-        add_code_noise(response, self.config.code_noise, self.vocabulary, rng)
+        for start, stop in at + sample.spans:
+          response = out["tokens"][start:stop]
+          add_code_noise(response, self.config.code_noise, self.vocabulary, rng)
       out["targets"][at : at + n - 1] = sample.tokens[1:]
-      out["loss_weights"][span] = loss_weights(
-        n, sample.task, sample.response_start, self.config.loss_weights
-      )
+      out["loss_weights"][span] = loss_weights(sample, self.vocabulary, self.config.loss_weights)
       out["positions"][span] = np.arange(n)
       out["segment_ids"][span] = segment
       out["task_ids"][span] = task_id(sample.task)

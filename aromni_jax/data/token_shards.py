@@ -2,30 +2,35 @@
 
 `DIR/manifest.json` says what the tokens mean (vocabulary, fingerprints of the codecs, recipe) and
 counts them; `DIR/<split>.npz` holds the length and task of every record, so that packing needs no
-reading; `DIR/token_samples/1.0.0/` is the data set itself.
+reading; `DIR/token_samples/<version>/` is the data set itself. Version 1.1.0 added the spans of
+several responses; 1.0.0, where every sample has one, is still read.
 """
 
 import json
 import os
 import pathlib
 import shutil
+import unittest.mock
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from aromni_jax.prompts import Sample
 from aromni_jax.vocabulary import TASKS, Vocabulary, task_id
 
 _MANIFEST = "manifest.json"
+_VERSION = "1.1.0"
+_READABLE = (_VERSION, "1.0.0")
 
 
 class TokenSamples(tfds.core.GeneratorBasedBuilder):
   """Writes samples that are handed over; `write` is the entry."""
 
-  VERSION = tfds.core.Version("1.0.0")
+  VERSION = tfds.core.Version(_VERSION)
 
   def __init__(self, splits: Mapping[str, Iterable[Sample]], **options):
     self._splits = splits
@@ -38,6 +43,10 @@ class TokenSamples(tfds.core.GeneratorBasedBuilder):
       ),
       "task": np.int32,
       "response_start": np.int32,
+      # start, stop, start, stop ...; empty for the one response that runs to the end.
+      "response_spans": tfds.features.Tensor(
+        shape=(None,), dtype=np.int32, encoding=tfds.features.Encoding.BYTES
+      ),
       "key": tfds.features.Text(),
     }
     return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
@@ -47,14 +56,16 @@ class TokenSamples(tfds.core.GeneratorBasedBuilder):
     return {n: self._generate_examples(n, samples) for n, samples in self._splits.items()}
 
   def _generate_examples(self, split, samples):
-    sample = None
+    sample, one = None, np.zeros(0, np.int32)
     for sample in samples:
+      spans = sample.response_spans
       yield (
         f"{sample.task}/{sample.key}",
         {
           "tokens": sample.tokens,
           "task": task_id(sample.task),
           "response_start": sample.response_start,
+          "response_spans": one if spans is None else np.asarray(spans, np.int32).ravel(),
           "key": sample.key,
         },
       )
@@ -67,14 +78,17 @@ def write(
   splits: Mapping[str, Iterable[Sample]],
   vocabulary: Vocabulary,
   metadata: Mapping[str, Any],
+  files: Mapping[str, pathlib.Path] | None = None,
 ) -> dict[str, Any]:
-  """Writes a data set; the directory appears only once it is whole.
+  """Writes a data set; the directory appears only once it is whole. Equal samples give equal
+  bytes.
 
   Args:
     directory: must not exist yet.
     splits: name -> samples; keys are unique within a task.
     vocabulary: id space of the tokens.
     metadata: further entries of the manifest (codec fingerprints, recipe ...).
+    files: name -> file that is copied beside the manifest.
 
   Returns:
     The manifest.
@@ -88,7 +102,9 @@ def write(
     raise FileExistsError(f"{directory} exists; remove it or name another folder")
   partial = directory.with_name(directory.name + ".partial")
   shutil.rmtree(partial, ignore_errors=True)
-  TokenSamples(splits, data_dir=str(partial)).download_and_prepare()
+  # TFDS leaves the order of a record's fields to protobuf, which changes from process to process.
+  with unittest.mock.patch.object(ExampleSerializer, "serialize_example", _serialize):
+    TokenSamples(splits, data_dir=str(partial)).download_and_prepare()
   shutil.rmtree(partial / "downloads", ignore_errors=True)
   manifest = {
     "vocabulary": vocabulary.to_dict(),
@@ -109,9 +125,15 @@ def write(
       "samples_of_task": {TASKS[t]: counts[t] for t in sorted(counts)},
       "tokens_of_task": {TASKS[t]: int(lengths[tasks == t].sum()) for t in sorted(counts)},
     }
+  for name, file in (files or {}).items():
+    shutil.copyfile(file, partial / name)
   (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
   partial.rename(directory)
   return manifest
+
+
+def _serialize(serializer: ExampleSerializer, example: dict[str, Any]) -> bytes:
+  return serializer.get_tf_example(example).SerializeToString(deterministic=True)
 
 
 class TokenShards:
@@ -149,6 +171,12 @@ class TokenShards:
     wanted = {"vocabulary": vocabulary.fingerprint(), **(codecs or {})}
     for name, fingerprint in wanted.items():
       found = self.manifest.get(f"{name}_fingerprint")
+      if found is None:
+        raise ValueError(
+          f"{directory} does not say which {name} its tokens are of, but the model has "
+          f"{fingerprint}; shards that were imported without a model cannot be checked: import "
+          "them again with --model (python -m data_pipelines.import_aromni)"
+        )
       if found != fingerprint:
         raise ValueError(
           f"{directory} was made with {name} {found}, but the model has {fingerprint}; "
@@ -183,8 +211,13 @@ class TokenShards:
         f"record {index} of split {self.split!r} in {self.directory} has {len(tokens)} tokens, its "
         f"index says {self.lengths[index]}; the files are damaged or mixed, tokenise again"
       )
+    spans = np.asarray(record.get("response_spans", ()), np.int32).reshape(-1, 2)
     return Sample(
-      tokens, TASKS[record["task"]], int(record["response_start"]), record["key"].decode()
+      tokens,
+      TASKS[record["task"]],
+      int(record["response_start"]),
+      record["key"].decode(),
+      spans if len(spans) else None,
     )
 
   def __iter__(self) -> Iterator[Sample]:
@@ -203,5 +236,8 @@ def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def _open(directory: pathlib.Path, split: str):
-  builder = tfds.builder_from_directory(str(directory / "token_samples" / "1.0.0"))
-  return builder.as_data_source(split)
+  root = directory / "token_samples"
+  version = next((v for v in _READABLE if (root / v).is_dir()), None)
+  if version is None:
+    raise FileNotFoundError(f"{root} has none of the versions {', '.join(_READABLE)}")
+  return tfds.builder_from_directory(str(root / version)).as_data_source(split)

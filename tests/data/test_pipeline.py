@@ -5,12 +5,14 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from aromni_jax import model_dir
 from aromni_jax.codecs.text import SentencePieceText
 from aromni_jax.data import token_shards
 from aromni_jax.data.loss_weights import LossWeightConfig, loss_weights
 from aromni_jax.data.pipeline import DataConfig, RowPlan, make_train_iterator
+from aromni_jax.prompts import Sample
 from aromni_jax.vocabulary import IMAGE, SPEECH, TASKS, get_vocabulary
 from tests.conftest import random_samples
 
@@ -42,11 +44,31 @@ def test_targets_are_the_next_ids_of_the_same_sample(shards):
 
 
 def test_loss_weights_follow_the_response():
-  weights = loss_weights(8, "speech_to_text", 4, LossWeightConfig(prompt=0.5, boosted=3.0))
+  ids = np.array([VOCABULARY.bos, 2100, 2101, VOCABULARY.eoh, 2102, 2103, 2104, VOCABULARY.eos])
+  heard = Sample(ids, "speech_to_text", 4, "k")
+  weights = loss_weights(heard, VOCABULARY, LossWeightConfig(prompt=0.5, boosted=3.0))
   # Targets of positions 3..5 are the response's ids 4..6; id 7 is the closing eos.
   np.testing.assert_array_equal(weights, [0.5, 0.5, 0.5, 3, 3, 3, 1, 0])
-  plain = loss_weights(8, "text_to_image", 4, LossWeightConfig())
+  plain = loss_weights(
+    dataclasses.replace(heard, task="text_to_image"), VOCABULARY, LossWeightConfig()
+  )
   np.testing.assert_array_equal(plain, [1, 1, 1, 1, 1, 1, 1, 0])
+
+
+def test_the_transcript_is_weighted_up_to_the_next_unused_response_id():
+  opening, closing = VOCABULARY.instruction, VOCABULARY.response
+  for ids, inside in {
+    (2100, opening, 2101, 2102, closing, 2103): [2, 3],
+    (opening, 2100, opening, 2101, closing, 2102, closing, 2103): [1, 2, 3, 4, 5],
+    (closing, opening, 2100, opening, 2101, closing, 2102): [2, 3, 4],
+    (opening, closing, opening, 2100): [],
+    (opening, 2100, closing, closing, opening, 2101, closing): [1, 5],
+  }.items():
+    sample = Sample(np.array([VOCABULARY.bos, *ids]), "dialogue", 1, "k")
+    weights = loss_weights(sample, VOCABULARY, LossWeightConfig(transcript=4.0))
+    want = np.ones(len(ids) + 1)
+    want[inside], want[-1] = 4.0, 0.0
+    np.testing.assert_array_equal(weights, want, err_msg=str(ids))
 
 
 def test_every_sample_once_per_epoch_and_well_packed(shards):
@@ -175,7 +197,7 @@ def test_shards_of_another_codec_are_refused(shards):
 def test_damaged_files_are_named(shards, tmp_path):
   copy = tmp_path / "tokens"
   shutil.copytree(shards, copy)
-  (file,) = copy.glob("token_samples/1.0.0/*train*array_record*")
+  (file,) = copy.glob("token_samples/*/*train*array_record*")
   data = file.read_bytes()
   file.write_bytes(data[: len(data) // 2])
   with pytest.raises(ValueError, match="damaged|cannot be opened"):
@@ -188,6 +210,32 @@ def test_empty_splits_and_existing_folders_are_refused(shards, tmp_path):
   with pytest.raises(ValueError, match="'train'.* is empty; no token shards"):
     token_shards.write(tmp_path / "new", {"train": []}, VOCABULARY, {})
   assert not (tmp_path / "new").exists()
+
+
+def test_shards_of_the_version_before_are_read(tmp_path, monkeypatch):
+  class TokenSamples(token_shards.TokenSamples, skip_registration=True):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+      info = super()._info()
+      features = {k: v for k, v in info.features.items() if k != "response_spans"}
+      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _generate_examples(self, split, samples):
+      for key, record in super()._generate_examples(split, samples):
+        yield key, {k: v for k, v in record.items() if k != "response_spans"}
+
+  for name in ("new", "old"):
+    token_shards.write(tmp_path / name, {"train": random_samples(40)}, VOCABULARY, {})
+    monkeypatch.setattr(token_shards, "TokenSamples", TokenSamples)
+  new, old = (token_shards.TokenShards(tmp_path / n, "train", VOCABULARY) for n in ("new", "old"))
+  assert (tmp_path / "old/token_samples/1.0.0").is_dir()
+  for a, b in zip(new, old, strict=True):
+    assert (a.key, a.response_start, b.response_spans) == (b.key, b.response_start, None)
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+  (tmp_path / "old/token_samples/1.0.0").rename(tmp_path / "old/token_samples/2.0.0")
+  with pytest.raises(ValueError, match="has none of the versions 1.1.0, 1.0.0"):
+    token_shards.TokenShards(tmp_path / "old", "train", VOCABULARY)
 
 
 def test_two_writes_are_identical(tmp_path):
