@@ -38,7 +38,7 @@ lint: $(VENV)/.stamp-dev  ## check style and formatting
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/.stamp-dev  ## benchmarks beside their peers, one JSON line each
-	for name in train_step decode data; do $(BIN)/python -m benchmarks.$$name; done
+	for name in train_step decode data codecs; do $(BIN)/python -m benchmarks.$$name; done
 
 weights: $(VENV)/.stamp  ## rebuild every shipped weight into runs/weights: about two hours
 	PYTHON=$(BIN)/python launch/weights.sh

@@ -33,7 +33,8 @@ CODECS = {
   "image_codec": (image_vq.ImageVQConfig, image_vq.ImageVQ),
   "speech_codec": (speech_codec.SpeechCodecConfig, speech_codec.SpeechCodec),
 }
-_SHORTEST, _MAX_HOPS = 32, 4096  # of a bucket; of a batch of several rows
+_SHORTEST = 32  # hops of a bucket
+_MAX_HOPS, _MAX_PIXELS = 4096, 1 << 20  # of a batch of several rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,16 +284,23 @@ def encode_images(
   Args:
     codec: image codec.
     pictures: uint8[n, H, W, 3] or float32 in [-1, 1].
-    batch_size: pictures at a time.
+    batch_size: pictures at a time; fewer if they would hold over 2**20 pixels (4 of 512x512).
   """
   if pictures.dtype == np.uint8:
     pictures = pictures.astype(np.float32) / 255 * 2 - 1
-  return _in_batches(lambda x: _encode_images(codec, x), batch_size, pictures)
+  run = functools.partial(_encode_images, codec)
+  return _in_batches(run, _fitting(codec, batch_size), pictures)
 
 
 def decode_images(codec: image_vq.ImageVQ, codes: np.ndarray, batch_size: int = 8) -> np.ndarray:
-  """Returns pictures uint8[n, H, W, 3] of codes int32[n, image_length]."""
-  return image_vq.to_uint8(_in_batches(lambda x: _decode_images(codec, x), batch_size, codes))
+  """Returns pictures uint8[n, H, W, 3] of codes int32[n, image_length], in batches as above."""
+  run = functools.partial(_decode_images, codec)
+  return image_vq.to_uint8(_in_batches(run, _fitting(codec, batch_size), codes))
+
+
+def _fitting(codec: image_vq.ImageVQ, batch_size: int) -> int:
+  """Returns the batch size, or fewer: what 2**20 pixels hold of the codec's pictures."""
+  return min(batch_size, max(1, _MAX_PIXELS // codec.config.resolution**2))
 
 
 def encode_speech(

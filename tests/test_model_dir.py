@@ -26,6 +26,12 @@ def edit(path, change):
   file.write_text(json.dumps(info))
 
 
+def zeros(module, config):
+  """Returns a codec whose parameters are all zero."""
+  graphdef, state = nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
+  return nnx.merge(graphdef, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state))
+
+
 def test_codes_of_batches_do_not_depend_on_the_batch():
   codec = model_dir.load_codec(model_dir.SHIPPED, "image_codec")
   pictures = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
@@ -33,6 +39,22 @@ def test_codes_of_batches_do_not_depend_on_the_batch():
   assert codes.shape == (5, 64)
   np.testing.assert_array_equal(codes[3:], model_dir.encode_images(codec, pictures[3:], 2))
   assert model_dir.decode_images(codec, codes, batch_size=4).shape == pictures.shape
+
+
+def test_batches_of_big_pictures_are_small(monkeypatch):
+  seen = []
+
+  def encode(codec, pixels):
+    seen.append(pixels.shape)
+    return pixels[:, 0, 0, :1].astype(np.int32)
+
+  monkeypatch.setattr(image_vq.ImageVQ, "encode", encode)
+  config = image_vq.ImageVQConfig(resolution=512, ch=8, ch_mult=(1,), n_embed=2, num_groups=8)
+  pictures = np.zeros((6, 512, 512, 3), np.float32)
+  pictures += np.arange(6)[:, None, None, None]
+  codes = model_dir.encode_images(zeros(image_vq.ImageVQ, config), pictures)
+  assert codes.ravel().tolist() == [0, 1, 2, 3, 4, 5]
+  assert seen == [(4, 512, 512, 3)]  # traced once, though the last batch is not full
 
 
 def test_ragged_speech_comes_back_at_its_length():
@@ -72,18 +94,16 @@ def test_many_lengths_need_few_compilations(monkeypatch):
 
     monkeypatch.setattr(speech_codec.SpeechCodec, name, counted)
   config = speech_codec.SpeechCodecConfig(num_filters=2, dim=32, mlp_dim=1, num_layers=1)
-  abstract = nnx.eval_shape(lambda: speech_codec.SpeechCodec(config, rngs=nnx.Rngs(0)))
-  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), speech_codec.to_params(abstract))
-  codec = speech_codec.from_params(config, zeros)
-  lengths = np.random.default_rng(0).integers(1, 600 * 1000, 60)
+  codec = zeros(speech_codec.SpeechCodec, config)
+  lengths = np.random.default_rng(0).integers(1, 600 * 500, 60)
   clips = [np.full(n, i, np.float32) for i, n in enumerate(lengths)]
   codes = model_dir.encode_speech(codec, clips, batch_size=4)
   wavs = model_dir.decode_speech(codec, codes, batch_size=4)
   for i, n in enumerate(lengths):
     assert len(codes[i]) == -(-n // 600) and len(wavs[i]) == 600 * len(codes[i])
-    assert set(codes[i]) == {i} and set(wavs[i]) == {i}
-  assert len(traced["encode"]) == len(set(traced["encode"])) <= 11
-  assert len(traced["decode"]) == len(set(traced["decode"])) <= 11
+    assert (codes[i] == i).all() and (wavs[i] == i).all()
+  assert len(traced["encode"]) == len(set(traced["encode"])) <= 9
+  assert len(traced["decode"]) == len(set(traced["decode"])) <= 9
 
 
 def test_buckets_waste_at_most_a_third():
