@@ -20,6 +20,7 @@ from aromni_jax.vocabulary import Vocabulary
 from data_pipelines import aromni_formats, sample_parts
 
 _EVERY = 10.0  # seconds between lines of progress
+_SETTINGS = "settings.json"  # in the folder of parts, what they were made with
 _SHOWN = 3  # rejected lines of a file that are shown; the report has all
 
 
@@ -60,8 +61,8 @@ def import_files(
       raise ValueError(f"--{name} is {share}; it must be a share, 0 <= x <= 1")
   directory = pathlib.Path(out).absolute()
   work = directory.with_name(directory.name + ".parts")
-  if directory.exists() and work.exists():  # killed when all was done but the cleaning up
-    shutil.rmtree(work)
+  if directory.exists() and (work / _SETTINGS).is_file():  # killed while cleaning up
+    _remove(work)
     return token_shards.read_manifest(directory)
   if directory.exists():
     raise FileExistsError(f"--out={out} exists; remove it or name another folder")
@@ -88,14 +89,14 @@ def import_files(
     },
     files={sample_parts.REJECTED: report},
   )
-  shutil.rmtree(work)
+  _remove(work)
   return manifest
 
 
 def _claim(work: pathlib.Path, settings: dict[str, Any]) -> None:
   """Makes the folder of parts, or checks that the parts in it were made with these settings."""
   work.mkdir(parents=True, exist_ok=True)
-  file = work / "settings.json"
+  file, partial = work / _SETTINGS, work / "settings.partial"
   if file.is_file():
     begun = json.loads(file.read_text())
     if begun != settings:
@@ -104,9 +105,17 @@ def _claim(work: pathlib.Path, settings: dict[str, Any]) -> None:
         "flags to go on, or remove that folder to begin again"
       )
     return
-  partial = file.with_suffix(".partial")
+  if set(work.iterdir()) - {partial}:
+    raise FileExistsError(f"{work} exists and holds no import's parts; rename it or change --out")
   partial.write_text(json.dumps(settings))
   partial.rename(file)
+
+
+def _remove(work: pathlib.Path) -> None:
+  """Removes the folder of parts; what says that it is one goes last."""
+  shutil.rmtree(work / "files", ignore_errors=True)
+  (work / sample_parts.REJECTED).unlink(missing_ok=True)
+  shutil.rmtree(work)
 
 
 def _finish_part(

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from aromni_jax.prompts import Sample
@@ -113,9 +114,7 @@ def write(
     "splits": {},
   }
   for name in splits:
-    source = _open(partial, name)
-    lengths = np.array([len(r["tokens"]) for r in source], np.int32)
-    tasks = np.array([r["task"] for r in source], np.int8)
+    lengths, tasks = _index(_open(partial, name), name)
     np.savez(partial / f"{name}.npz", length=lengths, task=tasks)
     counts = Counter(tasks.tolist())
     manifest["splits"][name] = {
@@ -130,6 +129,17 @@ def write(
   (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
   partial.rename(directory)
   return manifest
+
+
+def _index(source, split: str) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the lengths int32[n] and task ids int8[n] of all records."""
+  lengths, tasks = np.zeros(len(source), np.int32), np.zeros(len(source), np.int8)
+  for number, record in enumerate(source):
+    lengths[number], tasks[number] = len(record["tokens"]), record["task"]
+    logging.log_every_n_seconds(
+      logging.INFO, "%s: %d of %d samples indexed", 10, split, number, len(source)
+    )
+  return lengths, tasks
 
 
 def _serialize(serializer: ExampleSerializer, example: dict[str, Any]) -> bytes:

@@ -389,9 +389,19 @@ def test_a_part_of_a_file_that_changed_is_read_again(tmp_path):
 def test_a_job_killed_while_cleaning_up_is_done(tmp_path):
   write_jsonl(tmp_path / "in/a.jsonl", records(3))
   manifest = import_files(tmp_path / "in", tmp_path / "out", V, {})
-  (tmp_path / "out.parts").mkdir()
+  (tmp_path / "out.parts/files/a.jsonl").mkdir(parents=True)
+  (tmp_path / "out.parts/settings.json").write_text("{}")
   assert import_files(tmp_path / "in", tmp_path / "out", V, {}) == manifest
   assert not (tmp_path / "out.parts").exists()
+  # A folder of that name which is not the job's stays as it is.
+  (tmp_path / "out.parts").mkdir()
+  (tmp_path / "out.parts/mine").write_text("x")
+  with pytest.raises(FileExistsError, match="--out=.* exists"):
+    import_files(tmp_path / "in", tmp_path / "out", V, {})
+  (tmp_path / "out").rename(tmp_path / "elsewhere")
+  with pytest.raises(FileExistsError, match="out.parts exists and holds no import's parts"):
+    import_files(tmp_path / "in", tmp_path / "out", V, {})
+  assert (tmp_path / "out.parts/mine").read_text() == "x"
 
 
 def test_imported_shards_train_with_the_model_that_was_named(shards, tmp_path):
