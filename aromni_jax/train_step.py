@@ -170,12 +170,18 @@ def evaluate(params: dict[str, Any], batch: Batch, table: Array, config: StepCon
 
 
 def perceptual_mask(batch: Batch, config: StepConfig) -> tuple[Array, Array]:
-  """Returns the image codes int32[B, T] paired with each state, and bool[B, T] where they are."""
+  """Returns the image codes int32[B, T] paired with each state, and bool[B, T] where they are.
+
+  Only codes that the next-token loss counts as targets are: with a prompt weight of 0, pictures of
+  prompts are left out, as in the released fine-tuning.
+  """
   loss, vocabulary = config.loss, config.vocabulary
-  predicting = loss.perceptual_pairing == "predicting"
-  ids = batch.targets if predicting else batch.tokens
-  real = batch.loss_weights > 0 if predicting else batch.segment_ids > 0
-  mask = real & (ids >= vocabulary.image.start) & (ids < vocabulary.image.stop)
+  counted = batch.loss_weights > 0  # the targets; the weight of a token stands one position before
+  if loss.perceptual_pairing == "predicting":
+    ids = batch.targets
+  else:
+    ids, counted = batch.tokens, jnp.pad(counted[:, :-1], ((0, 0), (1, 0)))
+  mask = counted & (ids >= vocabulary.image.start) & (ids < vocabulary.image.stop)
   if loss.perceptual_tasks:
     allowed = jnp.array([task_id(task) for task in loss.perceptual_tasks])
     mask &= jnp.isin(batch.task_ids, allowed)

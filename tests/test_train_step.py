@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from aromni_jax import sharding, train_step
+from aromni_jax.data.loss_weights import LossWeightConfig
 from aromni_jax.data.pipeline import DataConfig, make_train_iterator
 from aromni_jax.losses import LossConfig, token_losses
 from aromni_jax.models import decoder as decoder_lib
@@ -166,6 +167,17 @@ def test_perceptual_tasks_choose_the_pictures(batches):
   assert 0 < some.sum() < mask.sum()
   own_codes, own = pairs(perceptual_pairing="own_position")
   np.testing.assert_array_equal(own_codes[own], VOCABULARY.image_codes(batches[0].tokens[own]))
+  assert own.sum() == mask.sum()
+
+
+@pytest.mark.parametrize("pairing", ["predicting", "own_position"])
+def test_pictures_of_prompts_that_do_not_count_are_left_out(shards, pairing):
+  weights = LossWeightConfig(prompt=0.0)
+  data = DataConfig(str(shards), mixture={"image_caption": 1.0}, loss_weights=weights)
+  batch = next(make_train_iterator(data, VOCABULARY, batch_size=8))
+  loss = LossConfig(perceptual_pairing=pairing)
+  config = train_step.StepConfig(None, VOCABULARY, loss, None)
+  assert not train_step.perceptual_mask(jax.tree.map(jnp.asarray, batch), config)[1].any()
 
 
 def test_learning_rate_schedules():
