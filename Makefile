@@ -3,8 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The pair of JAX and Flax that a newer Python resolves to.
 NEXT_PYTHON ?= python3.13
+TREE_TESTS := tests/models tests/decoding tests/test_train_step.py tests/test_inference.py
 
-.PHONY: help demo new-objects test test-next lint bench weights clean
+.PHONY: help demo new-objects test test-next test-tree lint bench convert-7b weights clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -33,12 +34,18 @@ test: $(VENV)/.stamp-dev  ## run the suite
 test-next:  ## run the suite on a newer Python with the JAX and Flax that it resolves to
 	$(MAKE) test VENV=.venv-next PYTHON=$(NEXT_PYTHON)
 
+test-tree: $(VENV)/.stamp-dev  ## run the parts that use Flax in its coming tree mode
+	NNX_GRAPH_MODE=false $(BIN)/python -m pytest $(TREE_TESTS)
+
 lint: $(VENV)/.stamp-dev  ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/.stamp-dev  ## benchmarks beside their peers, one JSON line each
 	for name in train_step decode data codecs; do $(BIN)/python -m benchmarks.$$name; done
+
+convert-7b: $(VENV)/.stamp-dev  ## convert a random 7B there and back: 45 GB of disk, about 10 minutes
+	$(BIN)/python -m benchmarks.convert --verify
 
 weights: $(VENV)/.stamp  ## rebuild every shipped weight into runs/weights: about two hours
 	PYTHON=$(BIN)/python launch/weights.sh

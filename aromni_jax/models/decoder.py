@@ -134,9 +134,14 @@ class Attention(nnx.Module):
   ) -> tuple[Array, tuple[Array, Array] | None]:
     c = self.config
     batch, length, _ = x.shape
-    q = self.q(x).reshape(batch, length, c.num_heads, c.head_dim)
-    k = self.k(x).reshape(batch, length, c.num_kv_heads, c.head_dim)
-    v = self.v(x).reshape(batch, length, c.num_kv_heads, c.head_dim)
+    if self.k is None:  # see `unroll`
+      ends = c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim
+      q, k, v = jnp.split(self.q(x), ends, axis=-1)
+    else:
+      q, k, v = self.q(x), self.k(x), self.v(x)
+    q = q.reshape(batch, length, c.num_heads, c.head_dim)
+    k = k.reshape(batch, length, c.num_kv_heads, c.head_dim)
+    v = v.reshape(batch, length, c.num_kv_heads, c.head_dim)
     q = shard(rotate(self.q_norm(q), *rotary), "act_batch", "act_length", "act_heads", None)
     k = shard(rotate(self.k_norm(k), *rotary), "act_batch", "act_length", "act_kv_heads", None)
     v = shard(v, "act_batch", "act_length", "act_kv_heads", None)
@@ -164,7 +169,11 @@ class MLP(nnx.Module):
     self.down = Linear(c.mlp_dim, c.embed_dim, ("mlp", "embed"), c, std=out_std, rngs=rngs)
 
   def __call__(self, x: Array) -> Array:
-    h = jax.nn.silu(self.gate(x)) * self.up(x)
+    if self.up is None:  # see `unroll`
+      gate, up = jnp.split(self.gate(x), 2, axis=-1)
+    else:
+      gate, up = self.gate(x), self.up(x)
+    h = jax.nn.silu(gate) * up
     return self.down(shard(h, "act_batch", "act_length", "act_mlp"))
 
 
@@ -275,15 +284,21 @@ def _slice(stacked: nnx.State, i: int) -> nnx.State:
 
 
 def unroll(decoder: Decoder) -> Decoder:
-  """Returns a decoder with one array per layer and parameter, copies of the stacked ones.
+  """Returns a decoder for steps of one token, with its own copy of the layers' parameters.
 
-  A loop of steps over stacked parameters would slice, that is copy, all of them in every step.
+  Layers are apart: a loop over stacked ones would slice, that is copy, all of them in every step.
+  Projections of one input are joined (q with k and v, gate with up): fewer and longer products.
   """
   graphdef, layers = decoder._split_layers()
   out = nnx.merge(*nnx.split(decoder))
   out.layers = nnx.List(
     [nnx.merge(graphdef, _slice(layers, i)) for i in range(decoder.config.num_layers)]
   )
+  for layer in out.layers:
+    a, m = layer.attention, layer.mlp
+    a.q.kernel.set_value(jnp.concatenate([x.kernel[...] for x in (a.q, a.k, a.v)], axis=1))
+    m.gate.kernel.set_value(jnp.concatenate([m.gate.kernel[...], m.up.kernel[...]], axis=1))
+    a.k = a.v = m.up = None
   return out
 
 
