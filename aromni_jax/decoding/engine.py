@@ -20,10 +20,11 @@ import numpy as np
 from flax import nnx
 
 from aromni_jax.decoding import sampling
-from aromni_jax.decoding.sampling import Sampler
 from aromni_jax.decoding.released import compile_released
+from aromni_jax.decoding.sampling import Sampler
 from aromni_jax.decoding.state_machine import CLASSES, StateMachine, compile_machine
 from aromni_jax.models.decoder import Cache, Decoder, init_cache, unroll
+from aromni_jax.prompts import check_recipe
 from aromni_jax.vocabulary import Vocabulary, task_id
 
 Array = jax.Array
@@ -75,8 +76,7 @@ class Engine:
     samplers: Mapping[str, Sampler] | None = None,
     max_length: int = 4096,
   ):
-    if recipe not in _MACHINES:
-      raise ValueError(f"recipe {recipe!r} does not exist; expected one of {tuple(_MACHINES)}")
+    check_recipe(recipe)
     self.vocabulary, self.max_length = vocabulary, max_length
     self.machine: StateMachine = _MACHINES[recipe](vocabulary)
     samplers, names = dict(samplers or {}), self.machine.samplers
