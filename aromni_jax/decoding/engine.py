@@ -82,7 +82,8 @@ class Engine:
     samplers, names = dict(samplers or {}), self.machine.samplers
     if unknown := set(samplers) - set(names[:3]):
       raise ValueError(f"no sampler is called {sorted(unknown)}; expected {names[:3]}")
-    if any(s.guidance != 1 or s.image_guidance for name, s in samplers.items() if name != "image"):
+    others = [s for name, s in samplers.items() if name != "image"]
+    if any(s.guidance != 1 or s.image_guidance is not None for s in others):
       raise ValueError("guidance is for pictures; text and speech have none")
     chosen = [_with_both_guidances(samplers.get(name, Sampler())) for name in names]
     by_state = [chosen[i] for i in self.machine.sampler]

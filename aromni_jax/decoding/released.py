@@ -25,7 +25,7 @@ _SWITCHES = {"instruction": "greedy", "boa": "greedy", "response": "sampled", "e
 
 
 def compile_released(vocabulary: Vocabulary) -> StateMachine:
-  """Returns the machine of all tasks; source: facts read from the released `Options` and loops."""
+  """Returns the machine of all tasks; source: AR-Omni's inference code, its selector and loops."""
   table = _Table(vocabulary.image_length)
   answer = table.text(first="greedy", pictures=False)
   chat = table.text(first="sampled", pictures=True)
