@@ -12,6 +12,7 @@ from PIL import Image
 
 from aromni_jax import model_dir, pictotalk
 from aromni_jax.codecs import audio
+from aromni_jax.decoding.engine import Engine
 from aromni_jax.inference import (
   SAMPLERS,
   Request,
@@ -157,6 +158,20 @@ def test_released_budgets(released):
     response_budget(released, "speech_to_text", 1024)
   with pytest.raises(ValueError, match="a prompt of 4096 tokens leaves none of 4096"):
     response_budget(released, "dialogue", 4096)
+
+
+def test_every_row_has_its_own_budget(released, files, monkeypatch):
+  seen = {}
+
+  def generate(self, prompts, tasks, *, max_new_tokens, **_):
+    seen.update(zip(tasks, max_new_tokens, strict=True))
+    return [np.array([released.vocabulary.eom])] * len(prompts)
+
+  monkeypatch.setattr(Engine, "generate", generate)
+  requests = [Request("image_caption", image=files["image"]), Request("text_to_speech", text=TEXT)]
+  responses = generate_batch(released, requests)
+  assert seen == {"image_caption": 128, "text_to_speech": 1024}
+  assert responses[1].speech is None and responses[1].text is None
 
 
 def test_settings_replace_those_of_the_right_samplers():
