@@ -1,65 +1,96 @@
-"""Answers one request with text, a picture or speech.
+"""Answers one request, or the turns of dialogues, with text, pictures and speech.
 
   aromni generate --task=text_to_speech --text="three lemons on gray" --out=x.wav
   aromni generate --task=text_to_image --text="two dogs on blue" --out=x.png
   aromni generate --task=speech_to_text --speech=x.wav
   aromni generate --task=dialogue --speech=x.wav --out=folder
+  aromni generate --dialog=dialogs.json --out=folder
 
 --task is one of: image_caption, speech_to_text, text_to_image, text_to_speech, image_to_text,
 speech_to_image, text_to_text, dialogue, image_to_speech. Text goes to the screen; a picture or
-speech to --out (.png or .wav; a folder takes everything).
+speech to --out (.png or .wav; a folder takes everything). --dialog reads AR-Omni's chat schema
+(aromni_jax/dialog.py).
 """
 
 import dataclasses
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
-from aromni_jax import logs, model_dir
-from aromni_jax.inference import SAMPLERS, Request, generate_batch, write_response
-from aromni_jax.prompts import INPUTS, OUTPUTS
+from aromni_jax import dialog, logs, model_dir
+from aromni_jax.inference import Request, choose_samplers, generate_batch, write_response
+from aromni_jax.prompts import INPUTS, OUTPUTS, RECIPES
 
 _TASK = flags.DEFINE_enum("task", None, list(INPUTS), "What to do.")
+_DIALOG = flags.DEFINE_string("dialog", None, "File of dialogues (.json or .jsonl), not a task.")
 _TEXT = flags.DEFINE_string("text", None, "Input text.")
 _IMAGE = flags.DEFINE_string("image", None, "Input picture, any format that Pillow reads.")
 _SPEECH = flags.DEFINE_string("speech", None, "Input sound, any format that libsndfile reads.")
 _INSTRUCTION = flags.DEFINE_string("instruction", None, "What to do, in words; optional.")
 _OUT = flags.DEFINE_string("out", None, "File (.png, .wav, .txt) or folder for the response.")
 _MODEL = flags.DEFINE_string("model", None, "Model directory; the shipped one if none.")
+_RECIPE = flags.DEFINE_enum(
+  "recipe", None, list(RECIPES), "Prompts and decoding rules; the model's if none."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the samplers.")
 _TEMPERATURE = flags.DEFINE_float(
   "temperature",
   None,
-  "0 takes the likeliest ids; by default only pictures are sampled.",
+  "0 takes the likeliest ids. By default pictures are sampled, and what the released rules sample.",
 )
 _TOP_P = flags.DEFINE_float("top_p", None, "Share of the probability mass that is sampled from.")
+_REPETITION_PENALTY = flags.DEFINE_float(
+  "repetition_penalty", None, "Makes ids less likely that came before; 1 is off."
+)
 _GUIDANCE = flags.DEFINE_float("guidance", None, "How far a picture moves to its prompt; 1 is off.")
+_IMAGE_GUIDANCE = flags.DEFINE_float(
+  "image_guidance", None, "How far a picture moves to the pictures before it."
+)
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "Budget of the response in ids.")
 
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
-  _check_out(_TASK.value, _OUT.value)
-  request = Request(_TASK.value, _TEXT.value, _IMAGE.value, _SPEECH.value, _INSTRUCTION.value)
-  chosen = {"temperature": _TEMPERATURE.value, "top_p": _TOP_P.value}
-  chosen = {k: v for k, v in chosen.items() if v is not None}
+  if (_TASK.value is None) == (_DIALOG.value is None):
+    sys.exit("error: expected --task or --dialog, and not both")
+  if _TASK.value:
+    _check_out(_TASK.value, _OUT.value)
+  elif not _OUT.value or pathlib.Path(_OUT.value).suffix:
+    sys.exit(f"error: --out={_OUT.value or ''}: --dialog needs a folder")
   with logs.clear_errors():
-    samplers = {name: dataclasses.replace(s, **chosen) for name, s in SAMPLERS.items()}
-    if _GUIDANCE.value is not None:
-      samplers["image"] = dataclasses.replace(samplers["image"], guidance=_GUIDANCE.value)
+    dialogs = dialog.read_dialogs(_DIALOG.value) if _DIALOG.value else None
     model = model_dir.load_model(_MODEL.value)
-    (response,) = generate_batch(
-      model,
-      [request],
-      seed=_SEED.value,
-      samplers=samplers,
-      max_new_tokens=_MAX_NEW_TOKENS.value,
-    )
+    model = dataclasses.replace(model, recipe=_RECIPE.value or model.recipe)
+    options = {
+      "seed": _SEED.value,
+      "max_new_tokens": _MAX_NEW_TOKENS.value,
+      "samplers": choose_samplers(
+        model.recipe,
+        temperature=_TEMPERATURE.value,
+        top_p=_TOP_P.value,
+        repetition_penalty=_REPETITION_PENALTY.value,
+        guidance=_GUIDANCE.value,
+        image_guidance=_IMAGE_GUIDANCE.value,
+      ),
+    }
+    if dialogs is None:
+      _answer(model, options)
+      return
+    for answer in dialog.answer_dialogs(model, dialogs, **options):
+      dialog.write_answer(model, answer, pathlib.Path(_OUT.value))
+
+
+def _answer(model: model_dir.Model, options: dict) -> None:
+  task = _TASK.value
+  request = Request(task, _TEXT.value, _IMAGE.value, _SPEECH.value, _INSTRUCTION.value)
+  (response,) = generate_batch(model, [request], **options)
   for label, text in (("heard: ", response.transcript), ("", response.text)):
     if text is not None:
       print(label + text)
+  if missing := [part for part in OUTPUTS[task] if getattr(response, part) is None]:
+    logging.warning("The response of %d ids has no %s.", len(response.tokens), ", ".join(missing))
   if _OUT.value:
     write_response(response, pathlib.Path(_OUT.value), model.speech_codec.config.sample_rate)
 
@@ -78,7 +109,6 @@ def _check_out(task: str, out: str | None) -> None:
 
 def run() -> None:
   logs.setup()
-  flags.mark_flag_as_required("task")
   app.run(main)
 
 

@@ -16,15 +16,27 @@ from aromni_jax.decoding.sampling import Sampler
 from aromni_jax.model_dir import Model
 from aromni_jax.prompts import INPUTS, OUTPUTS, Parts, make_prompt, read_response
 
-# How ids are drawn by default. The likeliest picture is an empty background: they are sampled.
-SAMPLERS = {
-  "text": Sampler(),
-  "speech": Sampler(),
-  "image": Sampler(temperature=0.2, top_p=0.9, guidance=2.5),
+# How ids are drawn by default, by recipe. Paper: the likeliest picture is an empty background, so
+# pictures are sampled. Released: the defaults of AR-Omni's code; its text-to-picture script has an
+# image guidance of 1.32, which without a picture in the prompt changes nothing.
+SAMPLERS: dict[str, dict[str, Sampler]] = {
+  "paper": {
+    "text": Sampler(),
+    "speech": Sampler(),
+    "image": Sampler(temperature=0.2, top_p=0.9, guidance=2.5),
+  },
+  "released": {
+    "greedy": Sampler(repetition_penalty=1.2),
+    "sampled": Sampler(temperature=1.2, top_p=0.96, repetition_penalty=1.2),
+    "image": Sampler(temperature=1.0, top_p=0.96, guidance=3.07, image_guidance=1.15),
+  },
 }
 
 # Budget of a response in ids, by what it consists of; a picture's is exact.
 _BUDGET = {"text": 64, "speech": 200}
+# The released budgets: the context of prompt and response, that of speech_to_text, and the length
+# of other responses.
+CONTEXT, _RELEASED_TRANSCRIPT, _RELEASED_BUDGET = 4096, 1024, {"text": 128, "speech": 1024}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +89,8 @@ def make_prompts(model: Model, requests: Sequence[Request]) -> list[np.ndarray]:
         f"task {request.task} takes {' and '.join(INPUTS[request.task])}; "
         f"got {' and '.join(sorted(given)) or 'nothing'}"
       )
-  images = _encode(requests, "image", lambda x: _encode_images(model, x))
-  speech = _encode(requests, "speech", lambda x: _encode_speech(model, x))
+  images = _encode(requests, "image", lambda x: encode_pictures(model, x))
+  speech = _encode(requests, "speech", lambda x: encode_clips(model, x))
   return [
     make_prompt(
       request.task,
@@ -98,7 +110,7 @@ def generate_batch(
   *,
   seed: int = 0,
   batch_size: int = 16,
-  samplers: Mapping[str, Sampler] = SAMPLERS,
+  samplers: Mapping[str, Sampler] | None = None,
   max_new_tokens: int | None = None,
 ) -> list[Response]:
   """Returns the responses in the order of the requests.
@@ -108,14 +120,16 @@ def generate_batch(
     requests: of any tasks.
     seed: randomness of the samplers.
     batch_size: requests at a time.
-    samplers: "text", "speech", "image" -> sampler.
-    max_new_tokens: budget of a response; by default what its parts usually need.
+    samplers: name -> sampler; `SAMPLERS[model.recipe]` if None.
+    max_new_tokens: budget of a response; by default what its parts usually need, or what the
+      released code has.
   """
-  if model.decoder is None:
-    raise ValueError(f"{model.path} has no decoder; train one with aromni train")
+  engine = make_engine(model, samplers)
   prompts = make_prompts(model, requests)
-  engine = Engine(model.decoder, model.vocabulary, samplers=samplers)
-  budgets = [max_new_tokens or _budget(model, r.task) for r in requests]
+  budgets = [
+    response_budget(model, r.task, len(prompt), max_new_tokens)
+    for r, prompt in zip(requests, prompts, strict=True)
+  ]
   # Requests that run for about as long go together.
   order = sorted(range(len(requests)), key=lambda i: (budgets[i], requests[i].task, i))
   outputs: dict[int, np.ndarray] = {}
@@ -125,7 +139,7 @@ def generate_batch(
     ids = engine.generate(
       [prompts[i] for i in rows],
       [requests[i].task for i in rows],
-      max_new_tokens=max(budgets[i] for i in rows),
+      max_new_tokens=[budgets[i] for i in rows],
       seed=seed,
       row_ids=rows,
     )
@@ -135,10 +149,80 @@ def generate_batch(
   return _decode(model, [outputs[i] for i in range(len(requests))])
 
 
-def _budget(model: Model, task: str) -> int:
+def make_engine(model: Model, samplers: Mapping[str, Sampler] | None = None) -> Engine:
+  """Returns the model's engine; `SAMPLERS[model.recipe]` if no samplers are given.
+
+  Raises:
+    ValueError: if the model has no decoder.
+  """
+  if model.decoder is None:
+    raise ValueError(f"{model.path} has no decoder; train one with aromni train")
+  return Engine(
+    model.decoder,
+    model.vocabulary,
+    recipe=model.recipe,
+    samplers=SAMPLERS[model.recipe] if samplers is None else samplers,
+    max_length=CONTEXT,
+  )
+
+
+def choose_samplers(
+  recipe: str,
+  *,
+  temperature: float | None = None,
+  top_p: float | None = None,
+  repetition_penalty: float | None = None,
+  guidance: float | None = None,
+  image_guidance: float | None = None,
+) -> dict[str, Sampler]:
+  """Returns a recipe's samplers with settings in place of theirs; None leaves the default.
+
+  Temperature and top_p are of all samplers but the one that is greedy by rule, the repetition
+  penalty of all but the pictures', guidance of pictures alone.
+  """
+  out = {}
+  for name, sampler in SAMPLERS[recipe].items():
+    changes = {} if name == "greedy" else {"temperature": temperature, "top_p": top_p}
+    if name == "image":
+      changes |= {"guidance": guidance, "image_guidance": image_guidance}
+    else:
+      changes["repetition_penalty"] = repetition_penalty
+    chosen = {k: v for k, v in changes.items() if v is not None}
+    out[name] = dataclasses.replace(sampler, **chosen)
+  return out
+
+
+def response_budget(
+  model: Model, task: str, prompt_length: int, max_new_tokens: int | None = None
+) -> int:
+  """Returns the most ids of a response.
+
+  Released: `min(max_seq_len, prompt + max_gen_len) - prompt`. `max_new_tokens` is the max_gen_len;
+  it counts all ids of a response, where the released code begins anew after each picture.
+
+  Raises:
+    ValueError: if the prompt leaves no room (released; the engine checks the paper's).
+  """
   picture = model.vocabulary.image_length + 2
-  parts = OUTPUTS[task] + (("text",) if task == "dialogue" else ())
-  return 4 + sum(picture if part == "image" else _BUDGET[part] for part in parts)
+  if model.recipe == "paper":
+    parts = OUTPUTS[task] + (("text",) if task == "dialogue" else ())
+    return max_new_tokens or 4 + sum(picture if p == "image" else _BUDGET[p] for p in parts)
+  longest = CONTEXT
+  if task == "speech_to_text" and max_new_tokens is None:
+    longest = _RELEASED_TRANSCRIPT
+  if OUTPUTS[task] == ("image",):
+    budget = picture - 1  # boi and codes
+  elif task in ("dialogue", "speech_to_text"):
+    budget = max_new_tokens or longest
+  else:
+    budget = max_new_tokens or _RELEASED_BUDGET[OUTPUTS[task][0]]
+  budget = min(budget, longest - prompt_length)
+  if budget <= 0:
+    raise ValueError(
+      f"{task}: a prompt of {prompt_length} tokens leaves none of {longest} for the response; "
+      "shorten the input" + (" or set max_new_tokens" if longest < CONTEXT else "")
+    )
+  return budget
 
 
 def _decode(model: Model, outputs: list[np.ndarray]) -> list[Response]:
@@ -165,14 +249,16 @@ def _encode(requests, name: str, run) -> dict[int, np.ndarray]:
   return dict(zip(members, run([getattr(requests[i], name) for i in members]), strict=True))
 
 
-def _encode_images(model: Model, images: list) -> np.ndarray:
+def encode_pictures(model: Model, images: list) -> np.ndarray:
+  """Returns int32[n, image_length] codes of paths, PIL pictures or uint8[H, W, 3]."""
   pictures = [Image.fromarray(x) if isinstance(x, np.ndarray) else x for x in images]
   resolution = model.image_codec.config.resolution
   pixels = np.stack([image_vq.preprocess(p, resolution) for p in pictures])
   return model_dir.encode_images(model.image_codec, pixels, batch_size=min(32, len(pixels)))
 
 
-def _encode_speech(model: Model, clips: list) -> list[np.ndarray]:
+def encode_clips(model: Model, clips: list) -> list[np.ndarray]:
+  """Returns the codes, int32[m] each, of paths or of float32[n] at the codec's rate."""
   rate = model.speech_codec.config.sample_rate
   wavs = [x if isinstance(x, np.ndarray) else audio.read_audio(x, rate) for x in clips]
   return model_dir.encode_speech(model.speech_codec, wavs, batch_size=min(16, len(wavs)))

@@ -3,6 +3,7 @@
 A prompt ends where the model's turn begins. A sample is a prompt with its response and `eom eos`.
 Two families exist: `recipe="released"` has the exact pieces of AR-Omni's code, `recipe="paper"` the
 `USER:` / `ASSISTANT:` names of the paper. Text pieces are encoded one by one and concatenated.
+The instruction stands before the user's speech, in a released dialogue after it.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from aromni_jax.codecs.text import TextCodec
-from aromni_jax.vocabulary import IMAGE, MODALITIES, SPECIAL, SPEECH, TEXT, Vocabulary
+from aromni_jax.vocabulary import MODALITIES, SPECIAL, TEXT, Vocabulary
 
 RECIPES = ("paper", "released")
 
@@ -79,6 +80,11 @@ WORDINGS = {
   ),
 }
 
+# What the released chat appends to the user's speech by default.
+RELEASED_CHAT_INSTRUCTION = "Please acknowledge the user's vocal input, create a textual response."
+
+_MACHINE = {"paper": "ASSISTANT:", "released": "GPT:"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
@@ -125,6 +131,23 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
+class Turn:
+  """One turn of a dialogue.
+
+  Attributes:
+    speech: int32[n] codes of what the user says.
+    images: int32[image_length] codes each, of what the user shows.
+    instruction: what to do, in words; may be empty.
+    reply: int32[n], all ids that the model answered; None for the turn that it answers next.
+  """
+
+  speech: np.ndarray
+  images: tuple[np.ndarray, ...] = ()
+  instruction: str = ""
+  reply: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Segment:
   """A run of ids of one modality; specials stand alone.
 
@@ -141,6 +164,18 @@ def wording(task: str, key: str) -> str:
   """Returns the instruction that a sample of this key has, by a hash."""
   digest = hashlib.sha256(f"{task}/{key}".encode()).digest()
   return WORDINGS[task][digest[0] % len(WORDINGS[task])]
+
+
+def default_instruction(task: str, recipe: str) -> str:
+  """Returns what a prompt asks for if nothing else is asked."""
+  chats = recipe == "released" and task == "dialogue"
+  return RELEASED_CHAT_INSTRUCTION if chats else WORDINGS[task][0]
+
+
+def check_recipe(recipe: str) -> None:
+  """Raises ValueError for a recipe that does not exist."""
+  if recipe not in RECIPES:
+    raise ValueError(f"recipe {recipe!r} does not exist; expected one of {RECIPES}")
 
 
 def make_prompt(
@@ -160,7 +195,7 @@ def make_prompt(
     text_codec: encodes the text pieces.
     recipe: "paper" or "released".
     inputs: the parts that `INPUTS[task]` names.
-    instruction: what to do; the task's default if None.
+    instruction: what to do; `default_instruction(task, recipe)` if None.
 
   Raises:
     ValueError: for a task or recipe that does not exist, or a part that is missing, superfluous or
@@ -168,11 +203,13 @@ def make_prompt(
   """
   if task not in INPUTS:
     raise ValueError(f"task {task!r} does not exist; expected one of {', '.join(INPUTS)}")
-  if recipe not in RECIPES:
-    raise ValueError(f"recipe {recipe!r} does not exist; expected one of {RECIPES}")
+  check_recipe(recipe)
   _check_parts(f"task {task} needs as input", inputs, INPUTS[task])
   say = text_codec.encode
-  instruction = WORDINGS[task][0] if instruction is None else instruction
+  instruction = default_instruction(task, recipe) if instruction is None else instruction
+  if task == "dialogue":
+    turn = Turn(inputs.speech, instruction=instruction)
+    return make_chat_prompt([turn], vocabulary, text_codec, recipe=recipe)
   released_drawing = recipe == "released" and task == "text_to_image"
   user: list[np.ndarray] = [say("USER:")]
   if inputs.image is not None:
@@ -182,9 +219,51 @@ def make_prompt(
     user += [say(" This is input: " if released_drawing else "This is input: "), say(inputs.text)]
   if inputs.speech is not None:
     user.append(_speech(inputs.speech, vocabulary))
-  machine = {"paper": "ASSISTANT:", "released": " GPT:" if released_drawing else "GPT:"}[recipe]
+  machine = " GPT:" if released_drawing else _MACHINE[recipe]
   pieces = [[vocabulary.bos], *user, [vocabulary.eoh], say(machine)]
   return np.concatenate(pieces).astype(np.int32)
+
+
+def make_chat_prompt(
+  turns: Sequence[Turn], vocabulary: Vocabulary, text_codec: TextCodec, *, recipe: str
+) -> np.ndarray:
+  """Returns int32[n], a dialogue up to the point where the model answers the last turn.
+
+  Replies lose their outer bos and eos, and end in eom.
+
+  Args:
+    turns: oldest first; all but the last have a reply.
+    vocabulary, text_codec, recipe: as in `make_prompt`.
+
+  Raises:
+    ValueError: without turns, for a recipe that does not exist, a turn without speech, a picture of
+      the wrong length, or a reply too many or too few.
+  """
+  check_recipe(recipe)
+  if not turns:
+    raise ValueError("a dialogue has no turn; expected at least one")
+  say, v = text_codec.encode, vocabulary
+  pieces: list[Sequence[int] | np.ndarray] = [[v.bos]]
+  for i, turn in enumerate(turns):
+    if not len(turn.speech):
+      raise ValueError(f"turn {i} of a dialogue needs speech, but it is empty")
+    if (turn.reply is None) != (i == len(turns) - 1):
+      raise ValueError(f"turn {i} of {len(turns)}: every turn but the last has a reply")
+    said = [_speech(turn.speech, v), say(turn.instruction)]
+    pieces += [say("USER:"), *(_image(codes, v) for codes in turn.images)]
+    pieces += said if recipe == "released" else said[::-1]
+    pieces += [[v.eoh], say(_MACHINE[recipe])]
+    if turn.reply is not None:
+      reply = _strip(np.asarray(turn.reply), (v.bos, v.eos))
+      pieces.append(reply)
+      if not len(reply) or reply[-1] != v.eom:
+        pieces.append([v.eom])
+  return np.concatenate(pieces).astype(np.int32)
+
+
+def _strip(ids: np.ndarray, outer: tuple[int, ...]) -> np.ndarray:
+  inner = np.flatnonzero(~np.isin(ids, outer))
+  return ids[inner[0] : inner[-1] + 1] if len(inner) else ids[:0]
 
 
 def make_sample(
@@ -245,21 +324,35 @@ def parse(tokens: np.ndarray, vocabulary: Vocabulary) -> list[Segment]:
 
 
 def read_response(tokens: np.ndarray, vocabulary: Vocabulary, text_codec: TextCodec) -> Parts:
-  """Returns the parts of a generated response: text, picture codes, speech codes, transcript."""
-  kinds = vocabulary.modality_of(np.asarray(tokens))
-  ids = {kind: np.asarray(tokens)[kinds == kind] for kind in (IMAGE, SPEECH)}
-  transcript, reply = None, np.asarray(tokens)
-  opened = np.flatnonzero(reply == vocabulary.response)
-  if len(opened):
-    transcript = text_codec.decode(reply[: opened[0]])
-    reply = reply[opened[0] :]
+  """Returns the parts of a generated response, finished or not.
+
+  Of several pictures it is the first; all speech is one clip. `parse` has them one by one. What
+  stands before `response` is the transcript, and what follows an `instruction` without one.
+  """
+  reply = np.asarray(tokens)
+  segments, transcript = parse(reply, vocabulary), None
+  images = [s.ids for s in segments if s.kind == "image"]
+  speech = [s.ids for s in segments if s.kind == "speech"]
+  opened, asked = (
+    np.flatnonzero(reply == i) for i in (vocabulary.response, vocabulary.instruction)
+  )
+  if len(opened) or len(asked):
+    end = opened[0] if len(opened) else len(reply)
+    transcript = text_codec.decode(reply[:end])
+    reply = reply[end:]
   has_text = (vocabulary.modality_of(reply) == TEXT).any()
   return Parts(
     text=text_codec.decode(reply) if has_text else None,
-    image=vocabulary.image_codes(ids[IMAGE]) if len(ids[IMAGE]) else None,
-    speech=vocabulary.speech_codes(ids[SPEECH]) if len(ids[SPEECH]) else None,
+    image=picture_codes(images[0], vocabulary) if images else None,
+    speech=vocabulary.speech_codes(np.concatenate(speech)) if speech else None,
     transcript=transcript,
   )
+
+
+def picture_codes(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+  """Returns int32[image_length], the codes of a picture's ids, filled up with the first."""
+  codes = vocabulary.image_codes(ids[: vocabulary.image_length])
+  return np.pad(codes, (0, vocabulary.image_length - len(codes)), constant_values=codes[0])
 
 
 def _check_parts(what: str, parts: Parts, wanted: tuple[str, ...]) -> None:

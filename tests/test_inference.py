@@ -1,5 +1,6 @@
 """The shipped model, used as its users do."""
 
+import dataclasses
 import pathlib
 import subprocess
 import sys
@@ -11,7 +12,16 @@ from PIL import Image
 
 from aromni_jax import model_dir, pictotalk
 from aromni_jax.codecs import audio
-from aromni_jax.inference import Request, generate_batch, make_prompts, write_response
+from aromni_jax.decoding.engine import Engine
+from aromni_jax.inference import (
+  SAMPLERS,
+  Request,
+  choose_samplers,
+  generate_batch,
+  make_prompts,
+  response_budget,
+  write_response,
+)
 from aromni_jax.prompts import INPUTS, OUTPUTS
 from data_pipelines import espeak
 
@@ -125,6 +135,68 @@ def test_a_prompt_longer_than_the_cache_is_refused(model):
     generate_batch(model, [Request("text_to_image", text="dogs " * 5000)])
 
 
+@pytest.fixture(scope="module")
+def released(model):
+  return dataclasses.replace(model, recipe="released")
+
+
+def test_released_budgets(released):
+  for task, prompt, given, want in (
+    ("image_caption", 100, None, 128),
+    ("image_caption", 4000, None, 96),
+    ("text_to_speech", 30, None, 1024),
+    ("text_to_speech", 30, 50, 50),
+    ("speech_to_text", 300, None, 724),
+    ("speech_to_text", 300, 1500, 1500),
+    ("dialogue", 300, None, 3796),
+    ("text_to_image", 300, None, 65),
+  ):
+    assert response_budget(released, task, prompt, given) == want
+  with pytest.raises(
+    ValueError, match="a prompt of 1024 tokens leaves none of 1024 .* set max_new"
+  ):
+    response_budget(released, "speech_to_text", 1024)
+  with pytest.raises(ValueError, match="a prompt of 4096 tokens leaves none of 4096"):
+    response_budget(released, "dialogue", 4096)
+
+
+def test_every_row_has_its_own_budget(released, files, monkeypatch):
+  seen = {}
+
+  def generate(self, prompts, tasks, *, max_new_tokens, **_):
+    seen.update(zip(tasks, max_new_tokens, strict=True))
+    return [np.array([released.vocabulary.eom])] * len(prompts)
+
+  monkeypatch.setattr(Engine, "generate", generate)
+  requests = [Request("image_caption", image=files["image"]), Request("text_to_speech", text=TEXT)]
+  responses = generate_batch(released, requests)
+  assert seen == {"image_caption": 128, "text_to_speech": 1024}
+  assert responses[1].speech is None and responses[1].text is None
+
+
+def test_settings_replace_those_of_the_right_samplers():
+  assert choose_samplers("released") == SAMPLERS["released"]
+  chosen = choose_samplers(
+    "released", temperature=0.5, repetition_penalty=1.0, guidance=2.0, image_guidance=3.0
+  )
+  assert [s.temperature for s in chosen.values()] == [0.0, 0.5, 0.5]
+  assert [s.repetition_penalty for s in chosen.values()] == [1.0, 1.0, 1.0]
+  assert [(s.guidance, s.image_guidance) for s in chosen.values()][::2] == [(1, None), (2.0, 3.0)]
+  cold = choose_samplers("paper", temperature=0.0, top_p=0.5)
+  assert [(s.temperature, s.top_p) for s in cold.values()] == [(0.0, 0.5)] * 3
+
+
+def test_released_rules_with_a_model_that_was_trained_otherwise(released, files):
+  requests = [Request(t, **{n: files[n] for n in names}) for t, names in INPUTS.items()]
+  responses = generate_batch(released, requests, max_new_tokens=100)
+  for request, response in zip(requests, responses, strict=True):
+    if OUTPUTS[request.task] == ("image",):
+      assert response.image is not None and len(response.tokens) == 65
+    assert 0 < len(response.tokens) <= 100
+  (alone,) = generate_batch(released, requests[:1], max_new_tokens=100)
+  np.testing.assert_array_equal(alone.tokens, responses[0].tokens)
+
+
 def aromni(*args):
   return subprocess.run(
     [sys.executable, "-m", "aromni_jax.cli", "generate", *args],
@@ -152,3 +224,7 @@ def test_command_line_errors():
   assert "Traceback" not in done.stderr
   done = aromni("--task=sing")
   assert done.returncode != 0 and "image_caption" in done.stderr
+  done = aromni("--out=x")
+  assert done.returncode != 0 and "expected --task or --dialog" in done.stderr
+  done = aromni("--dialog=x.json", "--out=x.wav")
+  assert done.returncode != 0 and "--dialog needs a folder" in done.stderr

@@ -12,6 +12,8 @@ from aromni_jax.prompts import (
   WORDINGS,
   Parts,
   Sample,
+  Turn,
+  make_chat_prompt,
   make_prompt,
   make_sample,
   parse,
@@ -86,11 +88,131 @@ def test_paper_prompt_in_words():
   assert WORDINGS["text_to_speech"][0] in said and "This is input: two dogs on blue" in said
 
 
-def test_released_prompt_names():
-  ids = make_prompt(
-    "dialogue", VOCABULARY, TEXT, recipe="released", inputs=Parts(speech=np.array([1, 2]))
-  )
-  assert TEXT.decode(ids).endswith("GPT:")
+V, SAY = VOCABULARY, TEXT.encode
+CLIP, DRAWN = np.array([3, 1, 4]), np.arange(64)
+SOUND = [V.boa, *V.speech_ids(CLIP), V.eoa]
+SHOWN = [V.boi, *V.image_ids(DRAWN), V.eoi]
+CHAT = "Please acknowledge the user's vocal input, create a textual response."
+
+
+@pytest.mark.parametrize(
+  "task, inputs, pieces",
+  [
+    (
+      "image_caption",
+      Parts(image=DRAWN),
+      [SAY("USER:"), SHOWN, SAY("Describe this image."), [V.eoh], SAY("GPT:")],
+    ),
+    (
+      "text_to_image",
+      Parts(text="two dogs"),
+      [
+        SAY("USER:"),
+        SAY("Create a picture that matches the essence of this text."),
+        SAY(" This is input: "),
+        SAY("two dogs"),
+        [V.eoh],
+        SAY(" GPT:"),
+      ],
+    ),
+    (
+      "speech_to_text",
+      Parts(speech=CLIP),
+      [
+        SAY("USER:"),
+        SAY("Can you please convert this speech into written text?"),
+        SOUND,
+        [V.eoh],
+        SAY("GPT:"),
+      ],
+    ),
+    (
+      "text_to_speech",
+      Parts(text="two dogs"),
+      [
+        SAY("USER:"),
+        SAY("Convert this text into speech."),
+        SAY("This is input: "),
+        SAY("two dogs"),
+        [V.eoh],
+        SAY("GPT:"),
+      ],
+    ),
+    ("dialogue", Parts(speech=CLIP), [SAY("USER:"), SOUND, SAY(CHAT), [V.eoh], SAY("GPT:")]),
+  ],
+)
+def test_released_prompts_piece_by_piece(task, inputs, pieces):
+  ids = make_prompt(task, V, TEXT, recipe="released", inputs=inputs)
+  np.testing.assert_array_equal(ids, np.concatenate([[V.bos], *pieces]))
+
+
+class Spelling:
+  """A text codec that shows spaces: one id per character."""
+
+  def encode(self, text):
+    return np.array([V.text.start + ord(c) for c in text], np.int32)
+
+
+def test_released_spaces_survive():
+  pieces = {"text_to_image": (" This is input: ", " GPT:"), "text_to_speech": ("This is input: ",)}
+  for task, wanted in pieces.items():
+    ids = make_prompt(task, V, Spelling(), recipe="released", inputs=Parts(text="x"))
+    said = "".join(chr(i - V.text.start) if i in V.text else "|" for i in ids)
+    want = "|USER:" + WORDINGS[task][0] + wanted[0] + "x|" + (wanted[1:] or ("GPT:",))[0]
+    assert said == want
+
+
+def test_a_chat_of_three_turns_piece_by_piece():
+  first = np.array([V.bos, 2100, 2101, V.eos], np.int32)
+  second = np.array([2102, V.eom, V.eos], np.int32)
+  turns = [
+    Turn(CLIP, (DRAWN, DRAWN), "look", first),
+    Turn(CLIP, (), "", second),
+    Turn(CLIP, (DRAWN,), CHAT),
+  ]
+  pieces = [
+    [[V.bos], SAY("USER:"), SHOWN, SHOWN, SOUND, SAY("look"), [V.eoh], SAY("GPT:")],
+    [[2100, 2101, V.eom], SAY("USER:"), SOUND, [V.eoh], SAY("GPT:")],
+    [[2102, V.eom], SAY("USER:"), SHOWN, SOUND, SAY(CHAT), [V.eoh], SAY("GPT:")],
+  ]
+  ids = make_chat_prompt(turns, V, TEXT, recipe="released")
+  np.testing.assert_array_equal(ids, np.concatenate(sum(pieces, [])))
+  paper = make_chat_prompt(turns[2:], V, TEXT, recipe="paper")
+  want = [[V.bos], SAY("USER:"), SHOWN, SAY(CHAT), SOUND, [V.eoh], SAY("ASSISTANT:")]
+  np.testing.assert_array_equal(paper, np.concatenate(want))
+
+
+@pytest.mark.parametrize(
+  "turns, message",
+  [
+    ([], "a dialogue has no turn"),
+    ([Turn(np.zeros(0, int))], "turn 0 of a dialogue needs speech"),
+    ([Turn(CLIP), Turn(CLIP)], "turn 0 of 2: every turn but the last has a reply"),
+    ([Turn(CLIP, reply=np.array([5]))], "turn 0 of 1: every turn but the last has a reply"),
+  ],
+)
+def test_wrong_chats_are_named(turns, message):
+  with pytest.raises(ValueError, match=message):
+    make_chat_prompt(turns, V, TEXT, recipe="released")
+
+
+def test_unfinished_and_unruly_responses_are_read_as_far_as_they_are():
+  speech = V.speech_ids(CLIP)
+  words = SAY("two dogs")
+  got = read_response(np.array([*words, V.boa, *speech]), V, TEXT)
+  assert got.text == "two dogs" and got.image is None and got.transcript is None
+  np.testing.assert_array_equal(got.speech, CLIP)
+  got = read_response(np.array([V.instruction, *words]), V, TEXT)
+  assert got == Parts(transcript="two dogs")
+  other = [V.boi, *V.image_ids(DRAWN[::-1]), V.eoi]
+  ids = [V.instruction, V.response, *speech, *SHOWN, *words, V.bos, *other, V.boa, *speech, V.eoa]
+  got = read_response(np.array(ids), V, TEXT)
+  assert got.text == "two dogs" and got.transcript == ""
+  np.testing.assert_array_equal(got.image, DRAWN)
+  np.testing.assert_array_equal(got.speech, [*CLIP, *CLIP])
+  got = read_response(np.array(SHOWN[:10]), V, TEXT)
+  np.testing.assert_array_equal(got.image, [*DRAWN[:9], *[DRAWN[0]] * 55])
+  assert read_response(np.array([V.eos]), V, TEXT) == Parts()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,10 @@ Prompts are padded on the right to a few lengths; slot s of the cache holds posi
 padding's slots are overwritten before anything can see them. The cache grows as it fills, since
 every step reads all of it. Results do not depend on a row's neighbours.
 
-With guidance every row that draws has a twin, which holds bos and the picture so far, nothing else.
+With guidance every row has one or two twins in the batch: one holds bos and the picture so far, the
+other bos and all pictures so far, those of the prompt among them. Ids that a twin must not see go
+to the slot that its next id overwrites. Without pictures before the one that is drawn both twins
+are the same, and the second is saved.
 """
 
 import dataclasses
@@ -17,42 +20,50 @@ import numpy as np
 from flax import nnx
 
 from aromni_jax.decoding import sampling
+from aromni_jax.decoding.released import compile_released
 from aromni_jax.decoding.sampling import Sampler
-from aromni_jax.decoding.state_machine import SAMPLERS, StateMachine, compile_machine
+from aromni_jax.decoding.state_machine import CLASSES, StateMachine, compile_machine
 from aromni_jax.models.decoder import Cache, Decoder, init_cache, unroll
-from aromni_jax.prompts import OUTPUTS
-from aromni_jax.vocabulary import Vocabulary
+from aromni_jax.prompts import check_recipe
+from aromni_jax.vocabulary import Vocabulary, task_id
 
 Array = jax.Array
 
 _SHORTEST_BUCKET = 32
 _FIRST_ROOM = 128  # new positions of the first cache; every further one has twice as many
+_MACHINES = {"paper": compile_machine, "released": compile_released}
+_PICTURES = ("bos", "boi", "eoi", "image")  # what the twin with all pictures keeps
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Progress:
-  """What a step changes.
+  """What a step changes; R sequences are the B rows, then their twins.
 
-  hidden: [B, D] at the last id, or [2 B, D] with twins; output: int32[B, new]; seen: bool[B, V].
+  hidden: [R, D] at the last id; states: int32[B]; lengths: int32[R], ids in each sequence;
+  remaining: int32[B], ids that a row may still emit; output: int32[B, new], -1 after a row's end;
+  seen: bool[B, V].
   """
 
   cache: Cache
   hidden: Array
   states: Array
   lengths: Array
+  remaining: Array
   output: Array
   seen: Array
   step: Array
 
 
 class Engine:
-  """Generates responses that always parse.
+  """Generates responses; with the paper's recipe they always parse.
 
   Args:
     decoder: the model; its layers' parameters are copied.
     vocabulary: its id space.
-    samplers: "text", "speech" and "image" -> how ids of that kind are drawn; greedy by default.
+    recipe: "paper", a grammar of responses, or "released", the rules of AR-Omni's code.
+    samplers: how ids are drawn; greedy by default. Paper: in "text", "speech" and "image" spans;
+      released: "greedy" and "sampled" in the text phase, and "image".
     max_length: most positions of prompt and response together.
   """
 
@@ -61,17 +72,20 @@ class Engine:
     decoder: Decoder,
     vocabulary: Vocabulary,
     *,
+    recipe: str = "paper",
     samplers: Mapping[str, Sampler] | None = None,
     max_length: int = 4096,
   ):
-    samplers = dict(samplers or {})
-    if unknown := set(samplers) - set(SAMPLERS[:3]):
-      raise ValueError(f"no sampler is called {sorted(unknown)}; expected {SAMPLERS[:3]}")
-    if any(s.guidance != 1 for name, s in samplers.items() if name != "image"):
-      raise ValueError("guidance is for pictures; text and speech have none")
+    check_recipe(recipe)
     self.vocabulary, self.max_length = vocabulary, max_length
-    self.machine: StateMachine = compile_machine(vocabulary)
-    chosen = [samplers.get(name, Sampler()) for name in SAMPLERS]
+    self.machine: StateMachine = _MACHINES[recipe](vocabulary)
+    samplers, names = dict(samplers or {}), self.machine.samplers
+    if unknown := set(samplers) - set(names[:3]):
+      raise ValueError(f"no sampler is called {sorted(unknown)}; expected {names[:3]}")
+    others = [s for name, s in samplers.items() if name != "image"]
+    if any(s.guidance != 1 or s.image_guidance is not None for s in others):
+      raise ValueError("guidance is for pictures; text and speech have none")
+    chosen = [_with_both_guidances(samplers.get(name, Sampler())) for name in names]
     by_state = [chosen[i] for i in self.machine.sampler]
     self._settings = {
       f.name: np.array([getattr(s, f.name) for s in by_state], np.float32)
@@ -79,12 +93,13 @@ class Engine:
     }
     self._stochastic = any(s.temperature > 0 for s in chosen)
     self._penalised = any(s.repetition_penalty != 1 for s in chosen)
-    self._guided = any(s.guidance != 1 for s in chosen)
+    image = chosen[names.index("image")]
+    self._guided = (image.guidance, image.image_guidance) != (1, 1)
+    self._guided_by_pictures = image.image_guidance != image.guidance
+    self._kept = np.isin(self.machine.class_of, [CLASSES.index(name) for name in _PICTURES])
     self._graphdef, self._params = nnx.split(unroll(decoder))
     self._config = decoder.config
-    self._prefill = jax.jit(
-      self._prefill_fn, static_argnames=("cache_length", "max_new_tokens", "guided")
-    )
+    self._prefill = jax.jit(self._prefill_fn, static_argnames=("cache_length", "output_length"))
     self._advance = jax.jit(self._advance_fn, donate_argnums=1)
 
   def generate(
@@ -92,16 +107,18 @@ class Engine:
     prompts: Sequence[np.ndarray],
     tasks: Sequence[str],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     seed: int = 0,
     row_ids: Sequence[int] | None = None,
   ) -> list[np.ndarray]:
-    """Returns the new ids of every prompt, up to and with the closing eos.
+    """Returns the new ids of every prompt, up to and with the one that ends the row.
 
     Args:
       prompts: int32[n] each, from bos on.
-      tasks: task of every prompt, which sets its grammar.
-      max_new_tokens: budget of every row; spans are closed in time.
+      tasks: task of every prompt, which sets what may come.
+      max_new_tokens: budget of every row, or one for each. Pictures count, and begin only if they
+        fit. With the paper's recipe spans are closed in time; with the released one a row may end
+        anywhere else.
       seed: randomness of the samplers.
       row_ids: names of the rows for their randomness; their numbers by default.
 
@@ -118,83 +135,93 @@ class Engine:
     prompts: Sequence[np.ndarray],
     tasks: Sequence[str],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     seed: int = 0,
     row_ids: Sequence[int] | None = None,
     chunk: int | None = 8,
   ) -> Iterator[list[np.ndarray]]:
     """Yields what every row has so far, after each `chunk` steps; arguments as in `generate`."""
-    self._check(prompts, tasks, max_new_tokens)
-    lengths = np.array([len(p) for p in prompts], np.int32)
-    longest = int(lengths.max())
-    width = _bucket(longest)
-    tokens = np.full((len(prompts), width), self.vocabulary.pad, np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-      row[: len(prompt)] = prompt
-    room = min(_FIRST_ROOM, max_new_tokens)
+    if not prompts or len(prompts) != len(tasks):
+      raise ValueError(f"got {len(prompts)} prompts and {len(tasks)} tasks; expected one task each")
+    budgets = np.broadcast_to(np.asarray(max_new_tokens, np.int32), len(prompts))
+    self._check(prompts, tasks, budgets)
+    sequences = self._with_twins(prompts, tasks)
+    lengths = np.array([len(ids) for ids in sequences], np.int32)
+    longest, most = int(lengths.max()), int(budgets.max())
+    end = int((lengths[: len(prompts)] + budgets).max())
+    tokens = np.full((len(sequences), _bucket(longest)), self.vocabulary.pad, np.int32)
+    for row, ids in zip(tokens, sequences, strict=True):
+      row[: len(ids)] = ids
+    room = min(_FIRST_ROOM, most)
     progress = self._prefill(
       self._params,
       tokens,
       lengths,
-      self.machine.init_states(list(tasks)),
-      cache_length=_bucket(longest + room),
-      max_new_tokens=max_new_tokens,
-      guided=self._guided and any("image" in OUTPUTS[task] for task in tasks),
+      self.machine.init_states(list(tasks), [prompt[-1] for prompt in prompts]),
+      budgets,
+      cache_length=_bucket(min(longest + room, end)),
+      output_length=_bucket(most),
     )
     ids = np.arange(len(prompts)) if row_ids is None else np.asarray(row_ids)
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.asarray(ids))
-    chunk = chunk or max_new_tokens
+    chunk = chunk or most
     step, shown, finished = 0, 0, False
     while not finished:
       if step == room:
-        room = min(2 * room, max_new_tokens)
-        progress = _grow(progress, cache_length=_bucket(longest + room))
+        room = min(2 * room, most)
+        progress = _grow(progress, cache_length=_bucket(min(longest + room, end)))
       limit = min(room, shown + chunk)
       progress = self._advance(self._params, progress, keys, limit)
       step = int(progress.step)
-      done = np.asarray(progress.states) == self.machine.done
-      finished = done.all() or step >= max_new_tokens
+      finished = (np.asarray(progress.states) == self.machine.done).all()
       if finished or step == shown + chunk:
-        shown, output = step, np.asarray(progress.output)
-        yield [_until_eos(row[:step], self.vocabulary.eos) for row in output]
+        shown = step
+        yield [row[row >= 0] for row in np.asarray(progress.output)]
 
-  def _check(self, prompts, tasks, max_new_tokens: int) -> None:
-    if not prompts or len(prompts) != len(tasks):
-      raise ValueError(f"got {len(prompts)} prompts and {len(tasks)} tasks; expected one task each")
-    for task in sorted(set(tasks)):
-      if max_new_tokens < self.machine.shortest(task):
+  def _with_twins(self, prompts: Sequence[np.ndarray], tasks: Sequence[str]) -> list[np.ndarray]:
+    """Returns the prompts, then what their twins hold of them."""
+    pictures = [self.machine.pictures[task_id(task)] for task in tasks]
+    if not (self._guided and any(pictures)):
+      return list(prompts)
+    kept = [prompt[self._kept[prompt]] for prompt in prompts]
+    twins = [np.array([self.vocabulary.bos])] * len(prompts)
+    if self._guided_by_pictures and any(
+      n > 1 or (n and len(ids) > 1) for n, ids in zip(pictures, kept, strict=True)
+    ):
+      twins += kept
+    return [*prompts, *twins]
+
+  def _check(self, prompts, tasks, budgets) -> None:
+    for prompt, task, budget in zip(prompts, tasks, budgets, strict=True):
+      if budget < self.machine.shortest(task):
         raise ValueError(
-          f"max_new_tokens is {max_new_tokens}, but the shortest response of {task} has "
+          f"max_new_tokens is {budget}, but the shortest response of {task} has "
           f"{self.machine.shortest(task)} tokens"
         )
-    longest = max(len(p) for p in prompts)
-    if longest + max_new_tokens > self.max_length:
-      raise ValueError(
-        f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the cache of "
-        f"{self.max_length} positions; shorten the input or lower max_new_tokens"
-      )
+      if len(prompt) + budget > self.max_length:
+        raise ValueError(
+          f"a prompt of {len(prompt)} tokens and max_new_tokens {budget} exceed the cache of "
+          f"{self.max_length} positions; shorten the input or lower max_new_tokens"
+        )
 
-  def _prefill_fn(self, params, tokens, lengths, states, *, cache_length, max_new_tokens, guided):
+  def _prefill_fn(self, params, tokens, lengths, states, budgets, *, cache_length, output_length):
     decoder = nnx.merge(self._graphdef, params)
-    batch, width = tokens.shape
-    inputs, ends = tokens, lengths - 1
-    if guided:
-      twins = jnp.full_like(tokens, self.vocabulary.pad).at[:, 0].set(self.vocabulary.bos)
-      inputs, ends = jnp.concatenate([tokens, twins]), jnp.concatenate([ends, jnp.zeros_like(ends)])
-    positions = jnp.broadcast_to(jnp.arange(width), inputs.shape)
-    cache = init_cache(self._config, len(inputs), cache_length)
-    hidden, cache = decoder(inputs, positions, cache=cache)
-    hidden = hidden[jnp.arange(len(inputs)), ends]
-    real = positions[:batch] < lengths[:, None]
+    batch, width = len(states), tokens.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
+    cache = init_cache(self._config, len(tokens), cache_length)
+    hidden, cache = decoder(tokens, positions, cache=cache)
+    hidden = hidden[jnp.arange(len(tokens)), lengths - 1]
+    real = positions[:batch] < lengths[:batch, None]
     seen = jnp.zeros((batch, self.vocabulary.size), bool)
-    seen = seen.at[jnp.arange(batch)[:, None], tokens].max(real)
-    output = jnp.full((batch, max_new_tokens), self.vocabulary.eos, jnp.int32)
-    return _Progress(cache, hidden, states, lengths, output, seen, jnp.zeros((), jnp.int32))
+    seen = seen.at[jnp.arange(batch)[:, None], tokens[:batch]].max(real)
+    output = jnp.full((batch, output_length), -1, jnp.int32)
+    step = jnp.zeros((), jnp.int32)
+    return _Progress(cache, hidden, states, lengths, budgets, output, seen, step)
 
   def _advance_fn(self, params, progress: _Progress, keys: Array, limit: Array) -> _Progress:
     decoder = nnx.merge(self._graphdef, params)
-    machine, (batch, budget) = self.machine, progress.output.shape
-    guided = len(progress.hidden) > batch
+    machine, batch = self.machine, len(progress.states)
+    sequences = len(progress.hidden) // batch
     rows_index = jnp.arange(batch)
 
     def unfinished(p: _Progress):
@@ -202,36 +229,53 @@ class Engine:
 
     def body(p: _Progress) -> _Progress:
       settings = {k: jnp.asarray(v)[p.states] for k, v in self._settings.items()}
-      remaining = jnp.full(batch, budget - p.step)
       logits = decoder.logits(p.hidden)
-      if guided:
-        logits = sampling.guide(logits[:batch], logits[batch:], settings["guidance"])
+      if sequences > 1:
+        logits = sampling.guide(
+          logits.reshape(sequences, batch, -1), settings["guidance"], settings["image_guidance"]
+        )
       token = sampling.sample(
         logits,
-        machine.allowed(p.states, remaining),
+        machine.allowed(p.states, p.remaining),
         p.seen if self._penalised else None,
         settings,
         jax.vmap(lambda k: jax.random.fold_in(k, p.step))(keys),
         stochastic=self._stochastic,
       )
       states = machine.advance(p.states, token)
-      inputs, positions = token, p.lengths + p.step
-      if guided:  # outside of pictures, a twin's slot 1 takes ids that its boi overwrites
-        slots = jnp.maximum(jnp.asarray(machine.picture_length)[states], 1)
-        inputs, positions = jnp.concatenate([token, token]), jnp.concatenate([positions, slots])
-      hidden, cache = decoder(inputs[:, None], positions[:, None], cache=p.cache)
+      slots, lengths = self._place(token, states, p.lengths, sequences)
+      hidden, cache = decoder(jnp.tile(token, sequences)[:, None], slots[:, None], cache=p.cache)
       seen = p.seen.at[rows_index, token].set(True) if self._penalised else p.seen
+      remaining = jnp.maximum(p.remaining - 1, 0)
       return _Progress(
         cache=cache,
         hidden=hidden[:, 0],
-        states=states,
-        lengths=p.lengths,
-        output=p.output.at[:, p.step].set(token),
+        states=jnp.where(remaining == 0, machine.done, states),
+        lengths=lengths,
+        remaining=remaining,
+        output=p.output.at[:, p.step].set(jnp.where(p.states == machine.done, -1, token)),
         seen=seen,
         step=p.step + 1,
       )
 
     return jax.lax.while_loop(unfinished, body, progress)
+
+  def _place(self, token, states, lengths, sequences: int) -> tuple[Array, Array]:
+    """Returns the slot of the token in every sequence, and the sequences' lengths after it.
+
+    Args:
+      token: int32[B]. states: int32[B], after it. lengths: int32[R], before it.
+      sequences: 1, 2 or 3 per row.
+    """
+    rows = jnp.split(lengths, sequences)
+    slots, after = [rows[0]], [rows[0] + 1]
+    if sequences > 1:  # outside of pictures slot 1 takes ids that the next boi overwrites
+      slots.append(jnp.maximum(jnp.asarray(self.machine.picture_length)[states], 1))
+      after.append(rows[1])
+    if sequences > 2:
+      slots.append(rows[2])
+      after.append(rows[2] + jnp.asarray(self._kept)[token])
+    return jnp.concatenate(slots), jnp.concatenate(after)
 
 
 @functools.partial(jax.jit, static_argnames="cache_length")
@@ -252,6 +296,7 @@ def _bucket(length: int) -> int:
   return size * 3 // 4 if size > 64 and size * 3 // 4 >= length else size
 
 
-def _until_eos(ids: np.ndarray, eos: int) -> np.ndarray:
-  ends = np.flatnonzero(ids == eos)
-  return ids[: ends[0] + 1] if len(ends) else ids
+def _with_both_guidances(sampler: Sampler) -> Sampler:
+  if sampler.image_guidance is not None:
+    return sampler
+  return dataclasses.replace(sampler, image_guidance=sampler.guidance)

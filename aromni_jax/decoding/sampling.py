@@ -21,12 +21,15 @@ class Sampler:
       2019); 1 is off.
     guidance: pictures only: how far the logits move away from those without a prompt (Ho and
       Salimans 2022); 1 is off.
+    image_guidance: pictures only: the share of that move which the pictures so far cause, where
+      `guidance` is the share of all else; None is as much as `guidance`.
   """
 
   temperature: float = 0.0
   top_p: float = 1.0
   repetition_penalty: float = 1.0
   guidance: float = 1.0
+  image_guidance: float | None = None
 
   def __post_init__(self):
     if self.temperature < 0:
@@ -37,17 +40,24 @@ class Sampler:
       raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be > 0")
     if self.guidance < 0:
       raise ValueError(f"guidance is {self.guidance}; it must be >= 0")
+    if self.image_guidance is not None and self.image_guidance < 0:
+      raise ValueError(f"image_guidance is {self.image_guidance}; it must be >= 0")
 
 
-def guide(logits: Array, unconditional: Array, guidance: Array) -> Array:
-  """Returns u + guidance (c - u), float32[B, V]: away from what would come without a prompt.
+def guide(logits: Array, guidance: Array, image_guidance: Array) -> Array:
+  """Returns u + image_guidance (i - u) + guidance (c - i), float32[B, V].
 
   Args:
-    logits: float[B, V], c. unconditional: float[B, V], u. guidance: float32[B].
+    logits: float[2 or 3, B, V]: c after the whole sequence, u after the picture so far alone, and i
+      after all pictures; two where i is u.
+    guidance, image_guidance: float32[B]; rows where what counts of them is 1 stay c.
   """
-  c, u = logits.astype(jnp.float32), unconditional.astype(jnp.float32)
-  guidance = guidance[:, None]
-  return jnp.where(guidance == 1, c, u + guidance * (c - u))
+  c, u, *i = logits.astype(jnp.float32)
+  guidance, image_guidance = guidance[:, None], image_guidance[:, None]
+  if not i:
+    return jnp.where(guidance == 1, c, u + guidance * (c - u))
+  guided = u + image_guidance * (i[0] - u) + guidance * (c - i[0])
+  return jnp.where((guidance == 1) & (image_guidance == 1), c, guided)
 
 
 def penalise_repetition(logits: Array, seen: Array, penalty: Array) -> Array:
@@ -74,6 +84,25 @@ def keep_top_p(logits: Array, top_p: Array) -> Array:
   return jnp.where(banned, _BANNED, logits)
 
 
+def warp(
+  logits: Array, allowed: Array, seen: Array | None, settings: dict[str, Array], *, stochastic: bool
+) -> Array:
+  """Returns float32[B, V], the logits of what is drawn: banned ids at -1e30 or lower.
+
+  In this order: repetition penalty, allowed ids only, temperature (none where it is 0), top-p.
+  Arguments as in `sample`; the last two are left out unless `stochastic`.
+  """
+  logits = jnp.nan_to_num(logits.astype(jnp.float32), nan=_BANNED, posinf=1e30, neginf=_BANNED)
+  if seen is not None:
+    logits = penalise_repetition(logits, seen, settings["repetition_penalty"])
+  logits = jnp.where(allowed, jnp.maximum(logits, 0.99 * _BANNED), -jnp.inf)
+  if not stochastic:
+    return logits
+  temperature = settings["temperature"]
+  warm = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+  return jnp.where(allowed, keep_top_p(warm, settings["top_p"]), -jnp.inf)
+
+
 def sample(
   logits: Array,
   allowed: Array,
@@ -93,15 +122,9 @@ def sample(
     keys: keys [B], one per row, so that a row does not depend on its neighbours.
     stochastic: False promises that every temperature is 0, which saves the sorting.
   """
-  logits = jnp.nan_to_num(logits.astype(jnp.float32), nan=_BANNED, posinf=1e30, neginf=_BANNED)
-  if seen is not None:
-    logits = penalise_repetition(logits, seen, settings["repetition_penalty"])
-  logits = jnp.where(allowed, jnp.maximum(logits, 0.99 * _BANNED), -jnp.inf)
-  greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  warm = warp(logits, allowed, seen, settings, stochastic=stochastic)
+  greedy = jnp.argmax(warm, axis=-1).astype(jnp.int32)  # top-p keeps the likeliest id
   if not stochastic:
     return greedy
-  temperature = settings["temperature"]
-  warm = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
-  warm = jnp.where(allowed, keep_top_p(warm, settings["top_p"]), -jnp.inf)
   drawn = jax.vmap(jax.random.categorical)(keys, warm).astype(jnp.int32)
-  return jnp.where(temperature > 0, drawn, greedy)
+  return jnp.where(settings["temperature"] > 0, drawn, greedy)

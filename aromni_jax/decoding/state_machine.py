@@ -25,7 +25,8 @@ CLASSES = ("text", "image", "speech", *SPECIAL_NAMES)
 # What a state's token is drawn with; ids that the grammar alone decides are "special".
 SAMPLERS = ("text", "speech", "image", "special")
 
-_NEVER = 1 << 30
+# A cost that no budget pays, and a number of pictures without a limit.
+NEVER = MANY = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,29 +36,38 @@ class StateMachine:
   Attributes:
     class_of: int32[V], index into `CLASSES`; len(CLASSES) for ids of no span.
     next_state: int32[S, C + 1].
-    cost: int32[S, C + 1], the fewest tokens to the end if a token of that class comes next; huge
-      where it is not legal, 0 for the eos that finished rows repeat.
-    sampler: int32[S], index into `SAMPLERS`.
+    cost: int32[S, C + 1], the tokens that must be left if a token of that class comes next, itself
+      among them; huge where it is not legal, 0 for the eos that finished rows repeat.
+    samplers: names of the ways in which tokens are drawn.
+    sampler: int32[S], index into `samplers`.
     picture_length: int32[S], ids of a picture that have come before, boi among them; 0 outside.
-    start: int32[number of tasks], first state of each task.
+    start: int32[number of tasks, C + 1], first state of each task by the class of the prompt's
+      last id.
+    pictures: int32[number of tasks], most pictures of a response; `MANY` without a limit.
     done: the last state.
   """
 
   class_of: np.ndarray
   next_state: np.ndarray
   cost: np.ndarray
+  samplers: tuple[str, ...]
   sampler: np.ndarray
   picture_length: np.ndarray
   start: np.ndarray
+  pictures: np.ndarray
   done: int = 0
 
-  def init_states(self, tasks: Sequence[str]) -> np.ndarray:
-    """Returns int32[B], the first states of rows. Raises ValueError for an unknown task."""
-    return self.start[[task_id(task) for task in tasks]]
+  def init_states(self, tasks: Sequence[str], last_ids: Sequence[int]) -> np.ndarray:
+    """Returns int32[B], the first states of rows whose prompts end in `last_ids`.
+
+    Raises:
+      ValueError: for an unknown task.
+    """
+    return self.start[[task_id(task) for task in tasks], self.class_of[list(last_ids)]]
 
   def shortest(self, task: str) -> int:
     """Returns the fewest tokens of a whole response, closing ids included."""
-    return int(self.cost[self.start[task_id(task)]].min())
+    return int(self.cost[self.start[task_id(task), -1]].min())
 
   def allowed(self, states: Array, remaining: Array) -> Array:
     """Returns bool[B, V], the ids that may come next; at least one in every row.
@@ -75,25 +85,37 @@ class StateMachine:
 
 
 def compile_machine(vocabulary: Vocabulary) -> StateMachine:
-  """Returns the machine of all tasks."""
+  """Returns the grammar of all tasks; the released rules are in `released.py`."""
   table = _Table(vocabulary.image_length)
   start = [table.chain(_response(task)) for task in TASKS]
   next_state = np.zeros((len(table.moves), len(CLASSES) + 1), np.int32)
-  cost = np.full(next_state.shape, _NEVER, np.int32)
+  cost = np.full(next_state.shape, NEVER, np.int32)
   for state, moves in enumerate(table.moves):
     for name, target in moves.items():
       next_state[state, CLASSES.index(name)] = target
       cost[state, CLASSES.index(name)] = table.distance[target] + (state != table.done)
-  class_of = np.full(vocabulary.size, len(CLASSES), np.int32)
+  return StateMachine(
+    class_of=classes_of(vocabulary),
+    next_state=next_state,
+    cost=cost,
+    samplers=SAMPLERS,
+    sampler=np.array([SAMPLERS.index(s) for s in table.sampler], np.int32),
+    picture_length=np.array(table.picture_length, np.int32),
+    start=np.tile(np.array(start, np.int32)[:, None], len(CLASSES) + 1),
+    pictures=np.array([OUTPUTS[task].count("image") for task in TASKS], np.int32),
+    done=table.done,
+  )
+
+
+def classes_of(vocabulary: Vocabulary) -> np.ndarray:
+  """Returns int32[V], the class of every id: an index into `CLASSES`, or len(CLASSES)."""
+  out = np.full(vocabulary.size, len(CLASSES), np.int32)
   for name in ("text", "image", "speech"):
     ids = getattr(vocabulary, name)
-    class_of[ids.start : ids.stop] = CLASSES.index(name)
+    out[ids.start : ids.stop] = CLASSES.index(name)
   for name, special in vocabulary.special_ids.items():
-    class_of[special] = CLASSES.index(name)
-  sampler = np.array([SAMPLERS.index(s) for s in table.sampler], np.int32)
-  pictures = np.array(table.picture_length, np.int32)
-  start = np.array(start, np.int32)
-  return StateMachine(class_of, next_state, cost, sampler, pictures, start, table.done)
+    out[special] = CLASSES.index(name)
+  return out
 
 
 def _response(task: str) -> tuple[str, ...]:

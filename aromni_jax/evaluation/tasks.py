@@ -143,7 +143,7 @@ def evaluate(
   *,
   preset: str,
   seed: int = 0,
-  samplers: Mapping[str, Sampler] = SAMPLERS,
+  samplers: Mapping[str, Sampler] | None = None,
   batch_size: int = 32,
 ) -> tuple[dict[str, Any], list[tuple[Case, Response]]]:
   """Returns the figures, and every case with its response.
@@ -153,7 +153,7 @@ def evaluate(
     items: raw records.
     preset: PictoTalk preset, whose captions the recogniser's grammar allows.
     seed: of the samplers.
-    samplers: "text", "speech", "image" -> sampler.
+    samplers: name -> sampler; the recipe's if None.
     batch_size: responses at a time.
   """
   cases = make_cases(items, model.speech_codec.config.sample_rate)
@@ -232,11 +232,12 @@ class _Referees:
 
 def describe(model: Model) -> dict[str, Any]:
   """Returns what the figures depend on besides the data and the seed."""
+  samplers = SAMPLERS[model.recipe]
   return {
     "model": "shipped" if model.path == model_dir.SHIPPED else str(model.path),
     "codecs": {name: model.fingerprints[name] for name in model_dir.CODECS},
     "parameters": model.decoder.config.num_params(),
-    "samplers": {name: dataclasses.asdict(sampler) for name, sampler in SAMPLERS.items()},
+    "samplers": {name: dataclasses.asdict(sampler) for name, sampler in samplers.items()},
     "normaliser": NORMALISER,
     "speech_referee": "pocketsphinx with a grammar of the captions",
     "picture_referee": "template reader on the known glyphs, both blurred by 2 px",

@@ -36,7 +36,7 @@ def greedy_without_cache(decoder, engine, prompt, task, budget, guidance=1.0):
   length = len(prompt) + budget
   tokens = np.zeros((1, length), np.int32)
   tokens[0, : len(prompt)] = prompt
-  states, at = engine.machine.init_states([task]), len(prompt)
+  states, at = engine.machine.init_states([task], prompt[-1:]), len(prompt)
   forward = nnx.jit(lambda m, t: m.logits(m(t, jnp.arange(length)[None])))
   for remaining in range(budget, 0, -1):
     logits = np.asarray(forward(decoder, tokens))[0, at - 1]

@@ -53,7 +53,9 @@ def check(task, ids, budget):
   favourite=st.integers(0, VOCABULARY.size - 1),
 )
 def test_any_logits_give_output_that_parses(seed, budget, favourite):
-  out = run(jax.random.key(seed), MACHINE.init_states(list(OUTPUTS)), budget, favourite)
+  out = run(
+    jax.random.key(seed), MACHINE.init_states(list(OUTPUTS), [0] * len(OUTPUTS)), budget, favourite
+  )
   for task, ids in zip(OUTPUTS, np.asarray(out), strict=True):
     check(task, ids[ids >= 0], budget)
 
@@ -61,7 +63,7 @@ def test_any_logits_give_output_that_parses(seed, budget, favourite):
 @pytest.mark.parametrize("task", TASKS)
 def test_the_shortest_budget_is_enough(task):
   budget = MACHINE.shortest(task)
-  out = run(jax.random.key(0), MACHINE.init_states([task]), budget, VOCABULARY.text.start)
+  out = run(jax.random.key(0), MACHINE.init_states([task], [0]), budget, VOCABULARY.text.start)
   ids = np.asarray(out)[0]
   check(task, ids[ids >= 0], budget)
 
