@@ -72,10 +72,10 @@ def test_ragged_speech_comes_back_at_its_length():
 def test_a_clip_sounds_as_it_does_alone():
   """The small codec pads with silence (its codes hear it), but decodes each clip by itself."""
   codec = model_dir.load_codec(model_dir.SHIPPED, "speech_codec")
-  clip = 0.1 * np.random.default_rng(0).normal(size=400 * 37).astype(np.float32)
+  clip = 0.1 * np.random.default_rng(0).normal(size=400 * 47).astype(np.float32)
   (codes,) = model_dir.encode_speech(codec, [clip], batch_size=1)
-  silent = np.pad(clip, (0, 400 * (64 - 37)))[None]
-  np.testing.assert_array_equal(codes, nnx.jit(lambda c: c.encode(silent))(codec)[0, :37])
+  silent = np.pad(clip, (0, 400 * (64 - 47)))[None]
+  np.testing.assert_array_equal(codes, nnx.jit(lambda c: c.encode(silent))(codec)[0, :47])
   (wav,) = model_dir.decode_speech(codec, [codes], batch_size=1)
   want = nnx.jit(lambda c: c.decode(codes[None]))(codec)[0]
   np.testing.assert_allclose(wav, want, atol=1e-5)

@@ -128,6 +128,7 @@ def palette(**info):
     (Image.new("RGBA", (9, 9), (*RED, 255)), RED),
     (Image.new("RGBA", (9, 9), (*RED, 0)), (255, 255, 255)),
     (Image.new("RGBA", (9, 9), (0, 0, 0, 128)), HALF_BLACK),
+    (Image.new("RGBA", (9, 9), (10, 10, 10, 100)), (158, 158, 158)),  # 158.9 truncated
     (Image.new("LA", (9, 9), (0, 128)), HALF_BLACK),
     (Image.new("L", (9, 9), 200), (200, 200, 200)),
     (Image.new("1", (9, 9), 1), (255, 255, 255)),
