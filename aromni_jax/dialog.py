@@ -23,6 +23,7 @@ from aromni_jax.codecs import audio
 from aromni_jax.decoding.sampling import Sampler
 from aromni_jax.inference import (
   Request,
+  check_codecs,
   encode_clips,
   encode_pictures,
   generate_batch,
@@ -158,6 +159,7 @@ def answer_dialogs(
       speak, or a dialogue that has outgrown the context.
   """
   engine = make_engine(model, samplers)
+  check_codecs(model, "dialogue")
   places = [(d, t) for d, dialog in enumerate(dialogs) for t in range(len(dialog.turns))]
   rounds = sorted(places, key=lambda place: place[1])
   turns = _user_turns(model, [dialogs[d].turns[t] for d, t in places], seed)

@@ -92,7 +92,8 @@ def _answer(model: model_dir.Model, options: dict) -> None:
   if missing := [part for part in OUTPUTS[task] if getattr(response, part) is None]:
     logging.warning("The response of %d ids has no %s.", len(response.tokens), ", ".join(missing))
   if _OUT.value:
-    write_response(response, pathlib.Path(_OUT.value), model.speech_codec.config.sample_rate)
+    rate = model.speech_codec.config.sample_rate if model.speech_codec else 0
+    write_response(response, pathlib.Path(_OUT.value), rate)
 
 
 def _check_out(task: str, out: str | None) -> None:

@@ -125,6 +125,8 @@ def generate_batch(
       released code has.
   """
   engine = make_engine(model, samplers)
+  for task in {r.task for r in requests}:
+    check_codecs(model, task)
   prompts = make_prompts(model, requests)
   budgets = [
     response_budget(model, r.task, len(prompt), max_new_tokens)
@@ -147,6 +149,19 @@ def generate_batch(
     if len(order) > batch_size:
       logging.log_every_n_seconds(logging.INFO, "%d of %d responses", 10, len(outputs), len(order))
   return _decode(model, [outputs[i] for i in range(len(requests))])
+
+
+def check_codecs(model: Model, task: str) -> None:
+  """Raises ValueError if the model lacks a codec that a task needs, before anything is computed."""
+  inputs, outputs = INPUTS.get(task, ()), OUTPUTS.get(task, ())
+  if "speech" in inputs + outputs:
+    model.needed("speech_codec")
+  if "image" in inputs + outputs:
+    codec = model.needed("image_codec")
+    if "image" in outputs and not codec.config.has_decoder:
+      raise ValueError(
+        f"{model.path} has no pixel decoder, and {task} draws; convert with --vqgan=vqgan.ckpt"
+      )
 
 
 def make_engine(model: Model, samplers: Mapping[str, Sampler] | None = None) -> Engine:
@@ -252,14 +267,14 @@ def _encode(requests, name: str, run) -> dict[int, np.ndarray]:
 def encode_pictures(model: Model, images: list) -> np.ndarray:
   """Returns int32[n, image_length] codes of paths, PIL pictures or uint8[H, W, 3]."""
   pictures = [Image.fromarray(x) if isinstance(x, np.ndarray) else x for x in images]
-  resolution = model.image_codec.config.resolution
+  resolution = model.needed("image_codec").config.resolution
   pixels = np.stack([image_vq.preprocess(p, resolution) for p in pictures])
   return model_dir.encode_images(model.image_codec, pixels, batch_size=min(32, len(pixels)))
 
 
 def encode_clips(model: Model, clips: list) -> list[np.ndarray]:
   """Returns the codes, int32[m] each, of paths or of float32[n] at the codec's rate."""
-  rate = model.speech_codec.config.sample_rate
+  rate = model.needed("speech_codec").config.sample_rate
   wavs = [x if isinstance(x, np.ndarray) else audio.read_audio(x, rate) for x in clips]
   return model_dir.encode_speech(model.speech_codec, wavs, batch_size=min(16, len(wavs)))
 

@@ -1,7 +1,6 @@
 """Folders as AR-Omni, Anole and Chameleon are released in, with random weights."""
 
 import json
-import re
 
 import ml_dtypes
 import numpy as np
@@ -163,6 +162,14 @@ def vqgan_tensors(decoder=True, seed=0):
   return out
 
 
-def layer_of(name):
-  """Number of the layer in a tensor's name."""
-  return int(re.search(r"layers\.(\d+)\.", name)[1])
+def stacked(tensors, layout, config):
+  """Our nested dicts of a state dict."""
+  params = {}
+  for path, names in decoder_names.names(layout, config.num_layers).items():
+    parts = [decoder_names.from_released(tensors[n], path, layout, config) for n in names]
+    *parents, leaf = path.split(".")
+    node = params
+    for key in parents:
+      node = node.setdefault(key, {})
+    node[leaf] = np.stack(parts) if path.startswith("layers.") else parts[0]
+  return params

@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pytest
 import soundfile
+from flax import nnx
 from PIL import Image
 
 from aromni_jax import model_dir, pictotalk
-from aromni_jax.codecs import audio
+from aromni_jax.codecs import audio, image_vq
 from aromni_jax.decoding.engine import Engine
 from aromni_jax.inference import (
   SAMPLERS,
@@ -228,3 +229,17 @@ def test_command_line_errors():
   assert done.returncode != 0 and "expected --task or --dialog" in done.stderr
   done = aromni("--dialog=x.json", "--out=x.wav")
   assert done.returncode != 0 and "--dialog needs a folder" in done.stderr
+
+
+def test_missing_codecs_are_named_before_anything_is_computed(model):
+  mute = dataclasses.replace(model, speech_codec=None)
+  with pytest.raises(ValueError, match="has no speech_codec. Convert with --wavtokenizer"):
+    generate_batch(mute, [Request("text_to_speech", text="two dogs")])
+  (caption,) = generate_batch(
+    mute, [Request("image_caption", image=np.zeros((64, 64, 3), np.uint8))]
+  )
+  assert caption.text
+  config = dataclasses.replace(model.image_codec.config, has_decoder=False)
+  reader = dataclasses.replace(model, image_codec=image_vq.ImageVQ(config, rngs=nnx.Rngs(0)))
+  with pytest.raises(ValueError, match="no pixel decoder, and text_to_image draws; convert with"):
+    generate_batch(reader, [Request("text_to_image", text="two dogs")])

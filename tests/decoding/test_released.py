@@ -5,7 +5,6 @@ The fixture holds the embedding's rows of the ids that occur in it; the others a
 
 import json
 import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from aromni_jax.convert import decoder_names
 from aromni_jax.decoding import sampling
 from aromni_jax.decoding.engine import Engine
 from aromni_jax.decoding.released import compile_released
@@ -24,6 +22,7 @@ from aromni_jax.decoding.sampling import Sampler
 from aromni_jax.models.config import DecoderConfig
 from aromni_jax.models.decoder import Decoder
 from aromni_jax.vocabulary import TASKS, Vocabulary, get_vocabulary
+from tests import released
 
 FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures/parity/generation_semantics.safetensors"
 RELEASED = get_vocabulary("aromni_7b").to_dict()
@@ -72,25 +71,6 @@ PROMPT_TASKS = ["speech_to_text", "text_to_image", "dialogue", "dialogue", "text
 IMAGE = Sampler(guidance=3.07, image_guidance=1.32)
 
 
-def native_to_hf(name):
-  """The rename of the fact sheet's section 2.4, layout A to B."""
-  for pattern, replacement in (
-    (r"^tok_embeddings", "model.embed_tokens"),
-    (r"^output", "lm_head"),
-    (r"^norm", "model.norm"),
-    (r"^layers", "model.layers"),
-    (r"attention\.w([qkvo])", r"self_attn.\1_proj"),
-    (r"attention\.([qk])_normalization", r"self_attn.\1_norm"),
-    (r"feed_forward\.w1", "mlp.gate_proj"),
-    (r"feed_forward\.w2", "mlp.down_proj"),
-    (r"feed_forward\.w3", "mlp.up_proj"),
-    (r"attention_norm", "input_layernorm"),
-    (r"ffn_norm", "post_attention_layernorm"),
-  ):
-    name = re.sub(pattern, replacement, name)
-  return name
-
-
 @pytest.fixture(scope="module")
 def reference():
   with safe_open(FIXTURE, "np") as file:
@@ -111,7 +91,7 @@ def reference():
     norm_placement="pre",
     dtype="float32",
   )
-  params = decoder_names.from_hf({native_to_hf(k): t for k, t in native.items()}, config.head_dim)
+  params = released.stacked(native, "A", config)
   graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
   nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, params))
   return tensors, nnx.merge(graphdef, state)

@@ -11,10 +11,10 @@ from flax import nnx
 from safetensors import safe_open
 
 from aromni_jax import sharding
-from aromni_jax.convert import decoder_names
 from aromni_jax.models import attention as attention_lib
 from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.models.config import DecoderConfig
+from tests import released
 
 PARITY = pathlib.Path(__file__).parents[1] / "fixtures/parity"
 TINY = DecoderConfig(
@@ -29,19 +29,6 @@ TINY = DecoderConfig(
   remat_policy="none",
   init_std=0.2,
 )
-
-
-def from_released(tensors, layout, config):
-  """Nested dicts of a state dict in memory."""
-  params = {}
-  for path, names in decoder_names.names(layout, config.num_layers).items():
-    parts = [decoder_names.from_released(tensors[n], path, layout, config) for n in names]
-    *parents, leaf = path.split(".")
-    node = params
-    for key in parents:
-      node = node.setdefault(key, {})
-    node[leaf] = np.stack(parts) if path.startswith("layers.") else parts[0]
-  return params
 
 
 @functools.cache
@@ -62,7 +49,7 @@ def load(name):
     per_head_norm=True,
   )
   weights = {key[2:]: t for key, t in tensors.items() if key.startswith("w.")}
-  params = from_released(weights, "C", config)
+  params = released.stacked(weights, "C", config)
   graphdef, state = nnx.split(nnx.eval_shape(lambda: decoder_lib.Decoder(config, rngs=nnx.Rngs(0))))
   nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, params))
   return tensors, config, nnx.merge(graphdef, state)
