@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,7 +12,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-_CHUNK_BYTES = 64 << 20  # of the arrays of `save_streamed`: what a reader of a part reads at least
+# Of the arrays of `save_streamed`: what a reader of a part reads at least, and how many are written
+# at once; each is in memory twice then.
+_CHUNK_BYTES = 64 << 20
+_CHUNKS_AT_ONCE = 2
 
 
 class Checkpoints:
@@ -151,13 +154,29 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
       await array.write(np.concatenate([piece() for piece in value.pieces]))
       self._on_piece(value.nbytes)
       return
+    chunk = array.chunk_layout.write_chunk.shape
     async with self._turn:
       start = 0
       for make in value.pieces:
         piece = make()
-        await array[start : start + len(piece)].write(piece)
-        self._on_piece(piece.nbytes)
+        writes: list[ts.WriteFutures] = []
+        for part in _blocks(piece.shape, chunk):
+          if len(writes) == _CHUNKS_AT_ONCE:
+            await writes.pop(0)
+          whole = (slice(part[0].start + start, part[0].stop + start), *part[1:])
+          writes.append(array[whole].write(piece[part]))
+          self._on_piece(piece[part].nbytes)
+        for write in writes:
+          await write
         start += len(piece)
+
+
+def _blocks(shape: tuple[int, ...], block: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+  """Yields the indices of the blocks that cover an array."""
+  for corner in np.ndindex(*(-(-size // b) for size, b in zip(shape, block, strict=True))):
+    yield tuple(
+      slice(i * b, min((i + 1) * b, size)) for i, b, size in zip(corner, block, shape, strict=True)
+    )
 
 
 def save_streamed(
@@ -177,7 +196,12 @@ def save_streamed(
       (Streamed, _StreamedHandler(on_piece)), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
   )
-  args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,)), params)
+  args = jax.tree.map(
+    lambda leaf: ocp.SaveArgs(
+      chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if len(leaf.pieces) > 1 else ()
+    ),
+    params,
+  )
   with ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(pathlib.Path(directory).absolute(), params, save_args=args, force=True)
 
@@ -203,8 +227,8 @@ class StoredArrays:
     self.shapes = {name: tuple(m.shape) for name, m in described.items()}
     self._open: dict[str, ts.TensorStore] = {}
 
-  def read(self, name: str, index: int | slice = slice(None)) -> np.ndarray:
-    """Returns the array of a dotted name, or a part of it along axis 0, as it is stored."""
+  def read(self, name: str, index: Any = slice(None)) -> np.ndarray:
+    """Returns the array of a dotted name, or the part of it at an index, as it is stored."""
     if name not in self._open:
       kvstore = {"driver": "ocdbt", "base": f"file://{self.directory}", "path": name + "/"}
       self._open[name] = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()

@@ -4,22 +4,23 @@ Both run in float32 whatever the weights are stored in, so that they can be comp
 """
 
 import dataclasses
+import operator
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from aromni_jax import model_dir
 from aromni_jax.checkpoint import StoredArrays
-from aromni_jax.codecs import params as codec_params
 from aromni_jax.convert import decoder_names
 from aromni_jax.convert.decoders import ReleasedDecoder
 from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.models.config import DecoderConfig
 
 _PROMPT_LENGTH = 16
-_ROWS = 512  # of the head that are read at once
+_COLUMNS = 8192  # of the head that are read at once
 
 
 def fixed_prompt(vocab_size: int) -> np.ndarray:
@@ -46,38 +47,24 @@ def stored_logits(directory: str | pathlib.Path, tokens: np.ndarray) -> np.ndarr
   positions = jnp.arange(len(tokens))[None]
   rotary = decoder_lib.rotary_angles(positions, config, jnp.float32)
 
-  @jax.jit
-  def apply(params: dict, x: jax.Array) -> jax.Array:
-    layer = codec_params.from_params(
-      lambda rngs: decoder_lib.Layer(config, rngs=rngs), params, "layer"
-    )
-    return layer(x, rotary, positions, None, None)[0]
-
   def read(name: str, index=slice(None)) -> np.ndarray:
     return arrays.read(name, index).astype(np.float32)
 
-  def read_layer(i: int) -> dict:
-    """Its parameters as they are stored; the layer casts them one by one."""
-    params: dict = {}
-    for name in arrays.dtypes:
-      if name.startswith("layers."):
-        *parents, leaf = name.split(".")[1:]
-        node = params
-        for key in parents:
-          node = node.setdefault(key, {})
-        node[leaf] = arrays.read(name, i)
-    return params
-
+  layer = nnx.eval_shape(lambda: decoder_lib.Layer(config, rngs=nnx.Rngs(0)))
+  parameters = [name for name in arrays.dtypes if name.startswith("layers.")]
   with jax.default_matmul_precision("highest"):
     x = jnp.asarray(np.stack([read("embedding", int(t)) for t in tokens]))[None]
     for i in range(config.num_layers):
-      x = apply(read_layer(i), x).block_until_ready()
+      for name in parameters:  # as they are stored; the layer casts them
+        parameter = operator.attrgetter(name.removeprefix("layers."))(layer)
+        parameter.set_value(jnp.asarray(arrays.read(name, i)))
+      # Not compiled: so one matrix after the other is cast to float32, not all at once.
+      x = layer(x, rotary, positions, None, None)[0].block_until_ready()
     x = _rms_norm(x[0], read("norm.scale"), config.norm_eps)
-    logits = 0.0
-    for start in range(0, config.embed_dim, _ROWS):
-      rows = slice(start, min(start + _ROWS, config.embed_dim))
-      logits = logits + x[:, rows] @ read("head", rows)
-  return np.asarray(logits)
+    columns = (
+      slice(i, min(i + _COLUMNS, config.vocab_size)) for i in range(0, config.vocab_size, _COLUMNS)
+    )
+    return np.concatenate([x @ read("head", (slice(None), c)) for c in columns], axis=1)
 
 
 def _rms_norm(x: jax.Array, scale: np.ndarray, epsilon: float) -> jax.Array:
