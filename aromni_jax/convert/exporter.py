@@ -26,7 +26,7 @@ from aromni_jax.convert.importer import check_empty, check_room, progress
 from aromni_jax.convert.logits import hf_config
 from aromni_jax.models.config import DecoderConfig
 
-_SHARD_BYTES = 1 << 29  # of a safetensors file; a whole one is in memory, twice, while it is written
+_SHARD_BYTES = 1 << 29  # of a safetensors file; it is in memory twice while it is written
 _TENSOR = tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]
 
 
