@@ -30,7 +30,7 @@ from aromni_jax.vocabulary import Vocabulary, task_id
 Array = jax.Array
 
 _SHORTEST_BUCKET = 32
-_FIRST_ROOM = 128  # new positions of the first cache; every further one has twice as many
+_FIRST_ROOM = 128  # new positions of the first cache; further ones have the next bucket's length
 _MACHINES = {"paper": compile_machine, "released": compile_released}
 _PICTURES = ("bos", "boi", "eoi", "image")  # what the twin with all pictures keeps
 
@@ -152,14 +152,14 @@ class Engine:
     tokens = np.full((len(sequences), _bucket(longest)), self.vocabulary.pad, np.int32)
     for row, ids in zip(tokens, sequences, strict=True):
       row[: len(ids)] = ids
-    room = min(_FIRST_ROOM, most)
+    cache_length = _cache_length(longest + _FIRST_ROOM, end)
     progress = self._prefill(
       self._params,
       tokens,
       lengths,
       self.machine.init_states(list(tasks), [prompt[-1] for prompt in prompts]),
       budgets,
-      cache_length=_bucket(min(longest + room, end)),
+      cache_length=cache_length,
       output_length=_bucket(most),
     )
     ids = np.arange(len(prompts)) if row_ids is None else np.asarray(row_ids)
@@ -167,10 +167,10 @@ class Engine:
     chunk = chunk or most
     step, shown, finished = 0, 0, False
     while not finished:
-      if step == room:
-        room = min(2 * room, most)
-        progress = _grow(progress, cache_length=_bucket(min(longest + room, end)))
-      limit = min(room, shown + chunk)
+      if longest + step == cache_length:
+        cache_length = _cache_length(cache_length + 1, end)
+        progress = _grow(progress, cache_length=cache_length)
+      limit = min(cache_length - longest, shown + chunk)
       progress = self._advance(self._params, progress, keys, limit)
       step = int(progress.step)
       finished = (np.asarray(progress.states) == self.machine.done).all()
@@ -286,6 +286,11 @@ def _grow(progress: _Progress, *, cache_length: int) -> _Progress:
     return jnp.pad(x, ((0, 0), (0, 0), (0, cache_length - x.shape[2]), (0, 0)))
 
   return dataclasses.replace(progress, cache=jax.tree.map(pad, progress.cache))
+
+
+def _cache_length(needed: int, end: int) -> int:
+  """Returns the bucket of the slots needed, or the last slot's, rounded up, where that is less."""
+  return min(_bucket(needed), -(-end // _SHORTEST_BUCKET) * _SHORTEST_BUCKET)
 
 
 def _bucket(length: int) -> int:
