@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,13 @@ from PIL import Image
 
 from aromni_jax import model_dir
 from aromni_jax.codecs import audio
-from aromni_jax.decoding.sampling import Sampler
+from aromni_jax.decoding.engine import Engine
 from aromni_jax.inference import (
   Request,
   check_codecs,
   encode_clips,
   encode_pictures,
   generate_batch,
-  make_engine,
   response_budget,
 )
 from aromni_jax.model_dir import Model
@@ -142,15 +141,16 @@ def answer_dialogs(
   model: Model,
   dialogs: Sequence[Dialog],
   *,
+  engine: Engine,
   seed: int = 0,
   batch_size: int = 8,
-  samplers: Mapping[str, Sampler] | None = None,
   max_new_tokens: int | None = None,
 ) -> Iterator[Answer]:
   """Yields the answers, all first turns, then all second ones and so on.
 
   Args:
-    model, seed, samplers, max_new_tokens: as in `inference.generate_batch`.
+    model, seed, max_new_tokens: as in `inference.generate_batch`.
+    engine: what `inference.make_engine` returns for the model.
     dialogs: what `read_dialogs` returns.
     batch_size: dialogues at a time.
 
@@ -158,11 +158,10 @@ def answer_dialogs(
     FileNotFoundError, ValueError: for media that cannot be read, a text that the model did not
       speak, or a dialogue that has outgrown the context.
   """
-  engine = make_engine(model, samplers)
   check_codecs(model, "dialogue")
   places = [(d, t) for d, dialog in enumerate(dialogs) for t in range(len(dialog.turns))]
   rounds = sorted(places, key=lambda place: place[1])
-  turns = _user_turns(model, [dialogs[d].turns[t] for d, t in places], seed)
+  turns = _user_turns(model, [dialogs[d].turns[t] for d, t in places], engine, seed)
   asked = dict(zip(places, turns, strict=True))
   history: dict[int, list[Turn]] = collections.defaultdict(list)
   while rounds:
@@ -188,14 +187,15 @@ def answer_dialogs(
       yield Answer(dialogs[d].dialog_id, t, len(prompt), tokens)
 
 
-def _user_turns(model: Model, turns: Sequence[UserTurn], seed: int) -> list[Turn]:
+def _user_turns(model: Model, turns: Sequence[UserTurn], engine: Engine, seed: int) -> list[Turn]:
   """Returns the turns as codes; texts are spoken by the model."""
   written = [i for i, turn in enumerate(turns) if turn.text]
   heard = [i for i, turn in enumerate(turns) if turn.wav_path]
   speech = {}
   if written:
     requests = [Request("text_to_speech", text=turns[i].text) for i in written]
-    for i, response in zip(written, generate_batch(model, requests, seed=seed), strict=True):
+    responses = generate_batch(model, requests, engine=engine, seed=seed)
+    for i, response in zip(written, responses, strict=True):
       speech[i] = read_response(response.tokens, model.vocabulary, model.text).speech
       if speech[i] is None:
         raise ValueError(f"the model did not speak {turns[i].text!r}; record it and set wav_path")

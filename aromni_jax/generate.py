@@ -19,7 +19,14 @@ import sys
 from absl import app, flags, logging
 
 from aromni_jax import dialog, logs, model_dir
-from aromni_jax.inference import Request, choose_samplers, generate_batch, write_response
+from aromni_jax.inference import (
+  Request,
+  check_codecs,
+  choose_samplers,
+  generate_batch,
+  make_engine,
+  write_response,
+)
 from aromni_jax.prompts import INPUTS, OUTPUTS, RECIPES
 
 _TASK = flags.DEFINE_enum("task", None, list(INPUTS), "What to do.")
@@ -63,17 +70,19 @@ def main(argv: list[str]) -> None:
     dialogs = dialog.read_dialogs(_DIALOG.value) if _DIALOG.value else None
     model = model_dir.load_model(_MODEL.value)
     model = dataclasses.replace(model, recipe=_RECIPE.value or model.recipe)
+    samplers = choose_samplers(
+      model.recipe,
+      temperature=_TEMPERATURE.value,
+      top_p=_TOP_P.value,
+      repetition_penalty=_REPETITION_PENALTY.value,
+      guidance=_GUIDANCE.value,
+      image_guidance=_IMAGE_GUIDANCE.value,
+    )
+    check_codecs(model, _TASK.value or "dialogue")
     options = {
       "seed": _SEED.value,
       "max_new_tokens": _MAX_NEW_TOKENS.value,
-      "samplers": choose_samplers(
-        model.recipe,
-        temperature=_TEMPERATURE.value,
-        top_p=_TOP_P.value,
-        repetition_penalty=_REPETITION_PENALTY.value,
-        guidance=_GUIDANCE.value,
-        image_guidance=_IMAGE_GUIDANCE.value,
-      ),
+      "engine": make_engine(model, samplers, consume=True),
     }
     if dialogs is None:
       _answer(model, options)

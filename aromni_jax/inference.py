@@ -111,6 +111,7 @@ def generate_batch(
   seed: int = 0,
   batch_size: int = 16,
   samplers: Mapping[str, Sampler] | None = None,
+  engine: Engine | None = None,
   max_new_tokens: int | None = None,
 ) -> list[Response]:
   """Returns the responses in the order of the requests.
@@ -121,10 +122,11 @@ def generate_batch(
     seed: randomness of the samplers.
     batch_size: requests at a time.
     samplers: name -> sampler; `SAMPLERS[model.recipe]` if None.
+    engine: what `make_engine` returned, with its samplers; a new one if None.
     max_new_tokens: budget of a response; by default what its parts usually need, or what the
       released code has.
   """
-  engine = make_engine(model, samplers)
+  engine = engine or make_engine(model, samplers)
   for task in {r.task for r in requests}:
     check_codecs(model, task)
   prompts = make_prompts(model, requests)
@@ -164,8 +166,15 @@ def check_codecs(model: Model, task: str) -> None:
       )
 
 
-def make_engine(model: Model, samplers: Mapping[str, Sampler] | None = None) -> Engine:
-  """Returns the model's engine; `SAMPLERS[model.recipe]` if no samplers are given.
+def make_engine(
+  model: Model, samplers: Mapping[str, Sampler] | None = None, *, consume: bool = False
+) -> Engine:
+  """Returns the model's engine.
+
+  Args:
+    model: with a decoder.
+    samplers: name -> sampler; `SAMPLERS[model.recipe]` if None.
+    consume: gives the decoder's memory to the engine; `model.decoder` cannot be used afterwards.
 
   Raises:
     ValueError: if the model has no decoder.
@@ -178,6 +187,7 @@ def make_engine(model: Model, samplers: Mapping[str, Sampler] | None = None) -> 
     recipe=model.recipe,
     samplers=SAMPLERS[model.recipe] if samplers is None else samplers,
     max_length=CONTEXT,
+    consume=consume,
   )
 
 

@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 from aromni_jax.convert import decoder_names
 from aromni_jax.models.config import DecoderConfig
+from tests import parity
 
 TINY = DecoderConfig(
   vocab_size=65536,
@@ -160,6 +161,29 @@ def vqgan_tensors(decoder=True, seed=0):
   conv("quant_conv", 4, 8, 1)
   conv("post_quant_conv", 8, 4, 1)
   return out
+
+
+def write_wavtokenizer(file, codes=4096):
+  """Writes the reference's small WavTokenizer, with more codes, as a Lightning checkpoint."""
+  import torch
+
+  weights = parity.weights(parity.load("wavtok_tiny")[0])
+  book = "feature_extractor.encodec.quantizer.vq.layers.0._codebook."
+  rng = np.random.default_rng(0)
+  weights[book + "embed"] = rng.normal(size=(codes, 32)).astype(np.float32)
+  weights |= {"discriminator.conv.weight": np.zeros(2, np.float32)}
+  torch.save({"state_dict": to_torch(weights), "epoch": 3}, file)
+
+
+def write_root(root):
+  """Writes the folder that AR-Omni's inference reads, and a WavTokenizer beside it."""
+  import torch
+
+  write_native(root / "models/7b")
+  write_tokenizer(root / "tokenizer/text_tokenizer.json")
+  vq = vqgan_tensors() | {"loss.logvar": np.zeros(1, np.float32)}
+  torch.save({"state_dict": to_torch(vq)}, root / "tokenizer/vqgan.ckpt")
+  write_wavtokenizer(root / "wavtokenizer_small.ckpt")
 
 
 def stacked(tensors, layout, config):

@@ -11,7 +11,7 @@ from PIL import Image
 from aromni_jax import dialog, model_dir
 from aromni_jax.codecs import audio
 from aromni_jax.dialog import Dialog, UserTurn, answer_dialogs, read_dialogs, write_answer
-from aromni_jax.inference import Request, choose_samplers, generate_batch
+from aromni_jax.inference import Request, choose_samplers, generate_batch, make_engine
 from aromni_jax.prompts import Turn, make_chat_prompt
 
 TURN = {"wav_path": "a.wav"}
@@ -69,7 +69,7 @@ def test_dialogues_are_answered_and_written(tmp_path):
     Dialog("y", (UserTurn(text="one egg on red"), dataclasses.replace(heard, reset=True))),
   ]
   greedy = choose_samplers(model.recipe, temperature=0.0)
-  answers = list(answer_dialogs(model, dialogs, samplers=greedy))
+  answers = list(answer_dialogs(model, dialogs, engine=make_engine(model, greedy)))
   assert [(a.dialog_id, a.turn) for a in answers] == [("x", 0), ("y", 0), ("x", 1), ("y", 1)]
   first, _, second, after_reset = answers
   np.testing.assert_array_equal(after_reset.tokens, first.tokens)

@@ -98,13 +98,16 @@ def check_vqgan_yaml(file: pathlib.Path, config: image_vq.ImageVQConfig) -> None
       raise ValueError(f"{file}: {name} is {stated[name]}; the tensors have {value}")
 
 
-def speech(tensors: Tensors, where: str) -> tuple[speech_codec.SpeechCodec, dict[str, str]]:
+def speech(
+  tensors: Tensors, where: str, vocabulary: Vocabulary
+) -> tuple[speech_codec.SpeechCodec, dict[str, str]]:
   """Returns the speech codec of a WavTokenizer state dict, and what is not part of it and why.
 
   Weight norms are folded once, here.
 
   Raises:
-    ValueError: if it is not a WavTokenizer, or lacks tensors.
+    ValueError: if it is not a WavTokenizer, lacks tensors, or has another number of codes or rate
+      than the vocabulary.
   """
   if _CODEBOOK not in tensors:
     some = ", ".join(sorted(tensors)[:3])
@@ -118,6 +121,13 @@ def speech(tensors: Tensors, where: str) -> tuple[speech_codec.SpeechCodec, dict
     _arrays({n: t for n, t in tensors.items() if n not in unused})
   )
   config = _speech_config(tensors, where)
+  found = config.num_codes, config.sample_rate / config.hop
+  wanted = len(vocabulary.speech), vocabulary.speech_rate
+  if found != wanted:
+    raise ValueError(
+      f"{where} has {found[0]} codes, {found[1]:g} a second; the vocabulary has {wanted[0]}, "
+      f"{wanted[1]} a second. Expected WavTokenizer small-600-24k-4096"
+    )
   make = lambda rngs: speech_codec.SpeechCodec(config, rngs=rngs)  # noqa: E731
   return codec_params.from_params(make, params, f"speech codec in {where}"), skipped
 

@@ -162,7 +162,7 @@ def _convert_codecs(
   file = given.wavtokenizer or _look_for(given.folder, _WAVTOKENIZERS)
   if file is not None:
     tensors = sources.read_file(file)
-    codec, skipped = codecs.speech(tensors, str(file))
+    codec, skipped = codecs.speech(tensors, str(file), vocabulary)
     _save_codec(partial, "speech_codec", codec, tensors, skipped, "", certificate)
     files.add(file)
   else:

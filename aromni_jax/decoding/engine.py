@@ -65,6 +65,7 @@ class Engine:
     samplers: how ids are drawn; greedy by default. Paper: in "text", "speech" and "image" spans;
       released: "greedy" and "sampled" in the text phase, and "image".
     max_length: most positions of prompt and response together.
+    consume: frees the decoder's parameters while they are copied; it cannot be used afterwards.
   """
 
   def __init__(
@@ -75,6 +76,7 @@ class Engine:
     recipe: str = "paper",
     samplers: Mapping[str, Sampler] | None = None,
     max_length: int = 4096,
+    consume: bool = False,
   ):
     check_recipe(recipe)
     self.vocabulary, self.max_length = vocabulary, max_length
@@ -97,7 +99,7 @@ class Engine:
     self._guided = (image.guidance, image.image_guidance) != (1, 1)
     self._guided_by_pictures = image.image_guidance != image.guidance
     self._kept = np.isin(self.machine.class_of, [CLASSES.index(name) for name in _PICTURES])
-    self._graphdef, self._params = nnx.split(unroll(decoder))
+    self._graphdef, self._params = nnx.split(unroll(decoder, consume=consume))
     self._config = decoder.config
     self._prefill = jax.jit(self._prefill_fn, static_argnames=("cache_length", "output_length"))
     self._advance = jax.jit(self._advance_fn, donate_argnums=1)

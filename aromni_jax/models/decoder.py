@@ -283,22 +283,37 @@ def _slice(stacked: nnx.State, i: int) -> nnx.State:
   return jax.tree.map(lambda leaf: leaf[i], stacked)
 
 
-def unroll(decoder: Decoder) -> Decoder:
+def unroll(decoder: Decoder, *, consume: bool = False) -> Decoder:
   """Returns a decoder for steps of one token, with its own copy of the layers' parameters.
 
   Layers are apart: a loop over stacked ones would slice, that is copy, all of them in every step.
   Projections of one input are joined (q with k and v, gate with up): fewer and longer products.
+
+  Args:
+    decoder: as it is trained.
+    consume: frees each of its stacked arrays once it is copied, so that a model that fills the
+      memory fits; the decoder cannot be used afterwards.
   """
-  graphdef, layers = decoder._split_layers()
+  count = decoder.config.num_layers
+  graphdef, stacked = nnx.split(decoder.layers)
+  leaves, treedef = jax.tree_util.tree_flatten(stacked)
+  apart: list[list[Array]] = [[] for _ in range(count)]
+  for array in leaves:
+    for i, arrays in enumerate(apart):
+      arrays.append(array[i])
+    if consume:
+      jax.block_until_ready([arrays[-1] for arrays in apart])
+      array.delete()
   out = nnx.merge(*nnx.split(decoder))
-  out.layers = nnx.List(
-    [nnx.merge(graphdef, _slice(layers, i)) for i in range(decoder.config.num_layers)]
-  )
-  for layer in out.layers:
+  out.layers = nnx.List([])
+  for i in range(count):
+    layer = nnx.merge(graphdef, jax.tree_util.tree_unflatten(treedef, apart[i]))
+    apart[i] = []
     a, m = layer.attention, layer.mlp
     a.q.kernel.set_value(jnp.concatenate([x.kernel[...] for x in (a.q, a.k, a.v)], axis=1))
     m.gate.kernel.set_value(jnp.concatenate([m.gate.kernel[...], m.up.kernel[...]], axis=1))
     a.k = a.v = m.up = None
+    out.layers.append(layer)
   return out
 
 

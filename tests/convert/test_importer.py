@@ -19,34 +19,7 @@ from aromni_jax.codecs import params as codec_params
 from aromni_jax.convert import decoders, exporter, logits, sources
 from aromni_jax.convert.importer import Sources, convert
 from aromni_jax.models.decoder import Decoder
-from tests import parity, released
-
-
-def write_wavtokenizer(file):
-  """The reference's small WavTokenizer as a Lightning checkpoint."""
-  weights = parity.weights(parity.load("wavtok_tiny")[0])
-  weights |= {"discriminator.conv.weight": np.zeros(2, np.float32)}
-  torch.save({"state_dict": released.to_torch(weights), "epoch": 3}, file)
-  return set(weights)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-  """The folder that AR-Omni's inference reads, and a WavTokenizer beside it."""
-  root = tmp_path_factory.mktemp("released")
-  released.write_native(root / "models/7b")
-  released.write_tokenizer(root / "tokenizer/text_tokenizer.json")
-  vq = released.vqgan_tensors() | {"loss.logvar": np.zeros(1, np.float32)}
-  torch.save({"state_dict": released.to_torch(vq)}, root / "tokenizer/vqgan.ckpt")
-  write_wavtokenizer(root / "wavtokenizer_small.ckpt")
-  return root
-
-
-@pytest.fixture(scope="module")
-def model(root):
-  out = root.with_name("model")
-  convert(Sources(root), out)
-  return out
+from tests import released
 
 
 @pytest.fixture
@@ -60,7 +33,7 @@ def test_the_model_directory_holds_all_parts(root, model):
   assert loaded.recipe == "released" and loaded.vocabulary.name == "aromni_7b"
   assert loaded.decoder.config == released.TINY
   assert loaded.image_codec.config.grid == 32 and loaded.image_codec.config.has_decoder
-  assert loaded.speech_codec.config.num_codes == 64
+  assert loaded.speech_codec.config.num_codes == 4096
   found = decoders.find_decoder(root)
   ours = nnx.to_pure_dict(nnx.state(loaded.decoder))
   jax.tree.map(np.testing.assert_array_equal, decoders.read_all(found), ours)
@@ -171,6 +144,16 @@ def test_the_image_codec_of_hugging_face_files_only_reads(root, tmp_path):
   assert all(t.read().tobytes() == before[n].tobytes() for n, t in back.items())
 
 
+def test_the_pixel_decoder_of_anole_s_files_is_found(root, tmp_path):
+  extra = {"model.vqmodel." + n: t for n, t in released.vqgan_tensors().items()}
+  released.write_hugging_face(tmp_path / "B", "B", extra=extra)
+  tokenizer = root / "tokenizer/text_tokenizer.json"
+  certificate = convert(Sources(tmp_path / "B", tokenizer=tokenizer), tmp_path / "out")
+  assert certificate["mapped"]["model.vqmodel.decoder.conv_in.weight"] == "image_codec"
+  codec = model_dir.load_codec(tmp_path / "out", "image_codec")
+  assert codec.decode(np.zeros((1, 1024), np.int32)).shape == (1, 64, 64, 3)
+
+
 def test_another_perceptual_table_is_kept(copy, model, tmp_path):
   assert not (model / "perception").exists()
   codebook = sources.read_file(copy / "tokenizer/vqgan.ckpt")["quantize.embedding.weight"].read()
@@ -228,6 +211,12 @@ def test_wrong_files_leave_nothing(copy, tmp_path, change, message):
   with pytest.raises((ValueError, FileNotFoundError), match=message):
     convert(Sources(copy), tmp_path / "out")
   assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_another_wavtokenizer_is_named(copy, tmp_path):
+  released.write_wavtokenizer(copy / "wavtokenizer_small.ckpt", codes=64)
+  with pytest.raises(ValueError, match="has 64 codes, 40 a second; the vocabulary has 4096, 40"):
+    convert(Sources(copy), tmp_path / "out")
 
 
 def edit_vqgan(folder, change):

@@ -88,6 +88,23 @@ def test_equals_the_reference(name):
 
 
 @pytest.mark.parametrize("name", ["std", "swin", "gqa"])
+def test_every_layer_equals_the_reference(name):
+  ref, config, decoder = load(name)
+  mask = ref["in.attention_mask"].astype(bool)
+  positions = np.broadcast_to(np.arange(mask.shape[1]), mask.shape)
+  hidden = decoder.embedding[...][ref["in.input_ids"]]
+  np.testing.assert_allclose(hidden[mask], ref["out.hidden.0"][mask], atol=1e-5)
+  rotary = decoder_lib.rotary_angles(positions, config, jnp.float32)
+  graphdef, stacked = nnx.split(decoder.layers)
+  for i in range(config.num_layers):
+    layer = nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], stacked))
+    hidden, _ = layer(hidden, rotary, positions, mask.astype(np.int32), None)
+    last = i == config.num_layers - 1  # the reference gives the last one after the final norm
+    out = decoder.norm(hidden) if last else hidden
+    np.testing.assert_allclose(out[mask], ref[f"out.hidden.{i + 1}"][mask], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["std", "swin", "gqa"])
 def test_greedy_decoding_with_the_cache_equals_the_reference(name):
   ref, config, decoder = load(name)
   prompt = jnp.asarray(ref["in.prompt"])
@@ -110,6 +127,17 @@ def test_greedy_decoding_with_the_cache_equals_the_reference(name):
   tokens, logits = greedy(decoder)
   np.testing.assert_array_equal(tokens, ref["out.greedy"][0, 8:])
   np.testing.assert_allclose(logits, ref["out.greedy_step_logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("consume", [False, True])
+def test_the_decoder_for_steps_is_the_same_function(consume):
+  decoder = decoder_lib.Decoder(TINY, rngs=nnx.Rngs(0))
+  tokens, positions = inputs()
+  hidden = decoder(tokens, positions)
+  stacked = decoder.layers.mlp.up.kernel[...]
+  steps = decoder_lib.unroll(decoder, consume=consume)
+  np.testing.assert_allclose(steps(tokens, positions), hidden, atol=1e-5)
+  assert stacked.is_deleted() == consume
 
 
 def test_released_size():
