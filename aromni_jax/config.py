@@ -29,6 +29,7 @@ class TrainConfig:
   seed: int
   base: str
   init_from_base: bool
+  change_norm_placement: bool
   code_embedding_std: float
   batch_size: int
   accumulate: int

@@ -180,7 +180,7 @@ def save_decoder(directory: str | pathlib.Path, decoder: nnx.Module, dtype: str)
   """Writes the decoder in a storage dtype and notes it in model.json."""
   path = pathlib.Path(directory)
   checkpoint.save_params(path / "decoder", codec_params.to_params(decoder), dtype)
-  note_decoder(path, decoder.config)
+  note_decoder(path, dataclasses.replace(decoder.config, param_dtype=dtype))
 
 
 def note_decoder(directory: str | pathlib.Path, config: DecoderConfig) -> None:
@@ -206,19 +206,25 @@ def load_decoder(directory: str | pathlib.Path) -> decoder_lib.Decoder:
   return nnx.merge(graphdef, load_decoder_state(directory, state))
 
 
-def load_decoder_state(directory: str | pathlib.Path, abstract: nnx.State) -> nnx.State:
+def load_decoder_state(
+  directory: str | pathlib.Path, abstract: nnx.State, config: str = "its config"
+) -> nnx.State:
   """Returns the parameters of a model directory's decoder; every device reads its own part.
 
   Args:
     directory: the model directory.
     abstract: shapes, dtypes and shardings of the parameters.
+    config: what messages call the configuration that the shapes are from.
 
   Raises:
+    FileNotFoundError: if the directory has no decoder.
     ValueError: if the stored parameters have other names or shapes, naming the differences.
   """
   path = pathlib.Path(directory) / "decoder"
   wanted = codec_params.state_to_params(abstract)
-  codec_params.check(wanted, checkpoint.StoredArrays(path).shapes, f"decoder of {directory}")
+  codec_params.check(
+    wanted, checkpoint.StoredArrays(path).shapes, f"decoder in {directory}", config
+  )
   state = jax.tree.map(lambda x: x, abstract)
   nnx.replace_by_pure_dict(state, checkpoint.load_params(path, wanted))
   return state
@@ -235,7 +241,7 @@ def export(
   partial = path.with_name(path.name + ".partial")
   if jax.process_index() == 0:
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial, ignore=shutil.ignore_patterns("decoder"))
+    shutil.copytree(source, partial, ignore=shutil.ignore_patterns("decoder", "certificate.json"))
   multihost_utils.sync_global_devices("model directory is copied")
   save_decoder(partial, decoder, dtype)
   if jax.process_index() == 0:

@@ -1,6 +1,7 @@
 """The training loop: batches in, steps, metrics, evaluations and checkpoints out."""
 
 import dataclasses
+import pathlib
 import signal
 import threading
 import time
@@ -159,7 +160,10 @@ class _Run:
       return state, int(state.step)
     state = self.init(jax.random.key(self.config.seed))
     if self.config.init_from_base:
-      decoder = model_dir.load_decoder_state(self.base.path, abstract.params["decoder"])
+      _check_same_function(self.config, self.base.path)
+      decoder = model_dir.load_decoder_state(
+        self.base.path, abstract.params["decoder"], "config.model"
+      )
       state = dataclasses.replace(state, params=state.params | {"decoder": decoder})
     return state, 0
 
@@ -215,6 +219,25 @@ class _Run:
     values = jax.device_get(step_lib.summarise(*total, self.config.loss))
     logging.info("validation loss %.4f", values["loss"])
     return {f"validation/{k}": float(v) for k, v in values.items() if k != "tokens"}
+
+
+def _check_same_function(config: TrainConfig, base: pathlib.Path) -> None:
+  """Raises ValueError if the base's decoder is missing, or would compute another function here.
+
+  Shapes are checked when they are loaded; these fields do not show in them.
+  """
+  try:
+    theirs = model_dir.decoder_config(base)
+  except FileNotFoundError as e:
+    raise ValueError(f"config.init_from_base: {e}") from e
+  for field in ("norm_placement", "norm_eps", "rope_theta"):
+    was, now = getattr(theirs, field), getattr(config.model, field)
+    if was != now and not (field == "norm_placement" and config.change_norm_placement):
+      hint = ", or set config.change_norm_placement" if field == "norm_placement" else ""
+      raise ValueError(
+        f"config.model.{field} is {now}, but the decoder of {base} has {was}: the same parameters "
+        f"would compute another function. Set --config.model.{field}={was}{hint}"
+      )
 
 
 class _Clock:

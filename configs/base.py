@@ -8,6 +8,7 @@ def get_config() -> ConfigDict:
   c.seed = 0  # of parameters; the data have their own
   c.base = ""  # model directory with codecs and text model; "" is the shipped one
   c.init_from_base = False  # start from the base's decoder (fine-tuning) or from random parameters
+  c.change_norm_placement = False  # allows model.norm_placement to differ from the base's decoder
   c.code_embedding_std = 0.0  # if not 0, ids of codes start as their codec's vectors, at this scale
   c.batch_size = 8  # rows per step, over all devices
   c.accumulate = 1  # micro-batches of a step; fewer activations, the same result

@@ -21,6 +21,7 @@ def get_config(argument: str = "paper") -> ConfigDict:
     )
   c = base.get_config()
   c.init_from_base = True
+  c.model.norm_placement = "swin"
   c.batch_size = 64
   c.num_steps = 18_000
   c.eval_every = 1000
@@ -34,6 +35,7 @@ def get_config(argument: str = "paper") -> ConfigDict:
   c.optimizer.warmup_steps = 900  # 0.05
   if argument == "released":
     base.released(c)
+    c.model.norm_placement = "pre"  # an error says so if the checkpoint has the other one
     c.loss.perceptual_tasks = ()  # every picture that is answered with
     c.data.sequence_length = 2048
     c.loss.block_size = 512

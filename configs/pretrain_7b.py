@@ -32,6 +32,8 @@ def get_config(argument: str = "paper") -> ConfigDict:
     )
   c = base.get_config()
   c.init_from_base = True
+  c.model.norm_placement = "swin"
+  c.change_norm_placement = True  # Anole's norms stand before the branches; step 0 is not Anole
   c.batch_size = 480
   c.num_steps = 140_000
   c.eval_every = 5000
@@ -44,6 +46,8 @@ def get_config(argument: str = "paper") -> ConfigDict:
   c.optimizer.warmup_steps = 7000  # 0.05
   if argument == "released":
     base.released(c)
+    c.model.norm_placement = "pre"
+    c.change_norm_placement = False  # the released code keeps what the checkpoint says
     c.batch_size = 256
     c.num_steps = 150_000
     c.optimizer.b2 = 0.999

@@ -55,13 +55,15 @@ def from_params(make: Callable[[nnx.Rngs], Module], params: dict, name: str) -> 
   return nnx.merge(graphdef, state)
 
 
-def check(wanted: dict, have: dict[str, tuple[int, ...]], name: str) -> None:
+def check(
+  wanted: dict, have: dict[str, tuple[int, ...]], name: str, config: str = "its config"
+) -> None:
   """Raises ValueError, naming the differences, if parameters do not have the wanted shapes.
 
   Args:
     wanted: nested dicts of arrays or their descriptions.
     have: dotted name -> shape.
-    name: what messages call the module.
+    name, config: what messages call the module and what says its shape.
   """
   want = shapes(wanted)
   if want == have:
@@ -71,7 +73,7 @@ def check(wanted: dict, have: dict[str, tuple[int, ...]], name: str) -> None:
   both = want.keys() & have.keys()
   differ = [f"{k}: {have[k]} for {want[k]}" for k in both if want[k] != have[k]]
   raise ValueError(
-    f"The {name}'s parameters do not fit its config: "
+    f"The parameters of the {name} do not fit {config}: "
     f"missing {missing[:4]} ({len(missing)}), unexpected {extra[:4]} ({len(extra)}), "
     f"wrong shapes {sorted(differ)[:4]} ({len(differ)}). Use the config saved beside them."
   )

@@ -120,6 +120,9 @@ def load_tokenizer(file: str | os.PathLike) -> tokenizers.Tokenizer:
   if not os.path.isfile(path):
     raise FileNotFoundError(f"tokenizer {path} does not exist")
   try:
-    return tokenizers.Tokenizer.from_file(path)
+    tokenizer = tokenizers.Tokenizer.from_file(path)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
   except Exception as e:  # the library raises bare exceptions
     raise ValueError(f"tokenizer {path} is not a tokenizer JSON: {e}") from e

@@ -46,6 +46,12 @@ def main(argv: list[str]) -> None:
   with logs.clear_errors():
     if (_SOURCE.value is None) == (_MODEL.value is None):
       raise ValueError("name --source to convert released files, or --model to go back, not both")
+    others = [_FORMAT] if _SOURCE.value else [_VQGAN, _WAVTOKENIZER, _TOKENIZER, _PERCEPTION]
+    for flag in others:
+      if flag.value:
+        raise ValueError(
+          f"--{flag.name} does not go with {'--source' if _SOURCE.value else '--model'}"
+        )
     if _SOURCE.value:
       if _OUT.value is None:
         raise ValueError("--out is missing: the model directory to write")

@@ -117,9 +117,12 @@ def speech(
   tensors = {n: t for n, t in tensors.items() if n.startswith(_SPEECH_PARTS)}
   unused = {n for n in tensors if n.startswith(speech_codec_names.UNUSED)}
   skipped |= {n: "not part of encoding and decoding" for n in unused}
-  params = speech_codec_names.from_torch(
-    _arrays({n: t for n, t in tensors.items() if n not in unused})
-  )
+  try:
+    params = speech_codec_names.from_torch(
+      _arrays({n: t for n, t in tensors.items() if n not in unused})
+    )
+  except KeyError as e:  # halves of a weight norm or of a bias
+    raise ValueError(f"{where} lacks {e}; the checkpoint is not whole") from e
   config = _speech_config(tensors, where)
   found = config.num_codes, config.sample_rate / config.hop
   wanted = len(vocabulary.speech), vocabulary.speech_rate

@@ -28,10 +28,7 @@ _HF_FILES = (
 )
 _NATIVE_FILES = ("consolidated.safetensors", "consolidated.pth")
 # In the files but not in the function: rotary frequencies, which are computed.
-_SKIPPED = {
-  "rope.freqs": "rotary frequencies are computed",
-  "model.rotary_emb.inv_freq": "rotary frequencies are computed",
-}
+_SKIPPED = ("rope.freqs", "rotary_emb.inv_freq")
 # DecoderConfig field -> names in `params.json` and in `config.json`.
 _DECLARED = {
   "vocab_size": ("vocab_size", "vocab_size"),
@@ -84,7 +81,7 @@ def find_decoder(
   read = sources.read_sharded if file.suffix == ".json" else sources.read_file
   tensors = read(file)
   vq = {n.removeprefix(VQ_PREFIX): t for n, t in tensors.items() if n.startswith(VQ_PREFIX)}
-  skipped = {n: why for n, why in _SKIPPED.items() if n in tensors}
+  skipped = {n: "rotary frequencies are computed" for n in tensors if n.endswith(_SKIPPED)}
   tensors = {n: t for n, t in tensors.items() if not n.startswith(VQ_PREFIX) and n not in skipped}
   found = _layout_of(tensors, file)
   if layout and found != layout:
@@ -154,8 +151,16 @@ def _find_file(source: pathlib.Path, layout: str | None) -> pathlib.Path:
     raise FileNotFoundError(f"--source {source} is not a folder; expected released model files")
   names = {"A": _NATIVE_FILES, "B": _HF_FILES, "C": _HF_FILES}
   names = names[layout] if layout else _HF_FILES + _NATIVE_FILES
-  found = [source / folder / name for folder in _FOLDERS for name in names]
-  found = [file for file in found if file.is_file()]
+  # Of one family in one folder the first counts, safetensors before pickles.
+  families = [family for family in (_HF_FILES, _NATIVE_FILES) if family[0] in names]
+  found = [
+    file
+    for folder in _FOLDERS
+    for family in families
+    for file in [source / folder / name for name in family if (source / folder / name).is_file()][
+      :1
+    ]
+  ]
   parts = [p for folder in _FOLDERS for p in (source / folder).glob("consolidated.0*.pth")]
   if not found and parts:
     raise ValueError(
@@ -203,8 +208,15 @@ def _declared(folder: pathlib.Path, layout: str) -> tuple[dict[str, Any], tuple[
     family = data.get("model_type", "chameleon")
     if column and family != "chameleon":
       raise ValueError(f"{file}: model_type is {family}; expected chameleon")
-    data = data.get("model", data) if not column else data
-    theta = (data.get("rope_parameters") or {}).get("rope_theta")
+    if not column and isinstance(data.get("model"), dict):
+      data = data | data["model"]
+    rope = (data.get("rope_parameters") or {}) | (data.get("rope_scaling") or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+      raise ValueError(f"{file}: rotary positions are {kind}; expected the default ones")
+    if (activation := data.get("hidden_act", "silu")) != "silu":
+      raise ValueError(f"{file}: hidden_act is {activation}; expected silu")
+    theta = rope.get("rope_theta")
     data = data | ({"rope_theta": theta} if theta is not None else {})
     stated = {f: data.get(pair[column]) for f, pair in _DECLARED.items()}
     stated["swin_norm"] = data.get("swin_norm")
@@ -253,6 +265,11 @@ def _make_config(
       f"--swin_norm is {swin_norm}, but the configuration beside {file} says {bool(swin)}; the "
       "tensors are the same for both, so one of them would compute another function"
     )
+  if swin is None and swin_norm is None and not declared:
+    raise ValueError(
+      f"no configuration lies beside {file}, and the tensors do not show where the norms stand; "
+      "say it with --swin_norm or --noswin_norm"
+    )
   swin = swin_norm if swin is None else bool(swin)
   dtype = str(tensors[names["embedding"][0]].dtype)
   dtype = dtype if dtype == "bfloat16" else "float32"
@@ -300,7 +317,10 @@ def _split_fused(tensors: Tensors, declared: dict) -> Tensors:
   out = dict(tensors)
   for name, tensor in tensors.items():
     if name.endswith("attention.wqkv.weight"):
-      head_dim = tensors[name.replace("wqkv.weight", "q_normalization.weight")].shape[0]
+      norm = name.replace("wqkv.weight", "q_normalization.weight")
+      if norm not in tensors:
+        raise ValueError(f"{tensor.file} has {name} without {norm}; the checkpoint is not whole")
+      head_dim = tensors[norm].shape[0]
       rows, width = tensor.shape
       q = declared.get("num_heads", width // head_dim) * head_dim
       kv = (rows - q) // 2

@@ -19,8 +19,7 @@ from aromni_jax import model_dir
 from aromni_jax.checkpoint import StoredArrays
 from aromni_jax.codecs import image_vq
 from aromni_jax.codecs import params as codec_params
-from aromni_jax.codecs.text import load_tokenizer
-from aromni_jax.convert import decoder_names, image_vq_names
+from aromni_jax.convert import decoder_names, image_vq_names, sources
 from aromni_jax.convert.decoders import VQ_PREFIX
 from aromni_jax.convert.importer import check_empty, check_room, progress
 from aromni_jax.convert.logits import hf_config
@@ -51,6 +50,7 @@ def export(model: str | pathlib.Path, out: str | pathlib.Path, layout: str) -> N
   """
   model, out = pathlib.Path(model), pathlib.Path(out)
   check_empty(out)
+  info = model_dir.read_info(model)
   if not (model / "tokenizer.json").is_file():
     raise ValueError(
       f"{model} has no tokenizer.json: it was not made from a released model, and has no released "
@@ -62,8 +62,9 @@ def export(model: str | pathlib.Path, out: str | pathlib.Path, layout: str) -> N
       f"the q/k norms of {model} differ between heads, and layout {layout} has one for all heads; "
       "export with --format=C"
     )
+  if layout != "C":
+    sources.require_torch()  # its pickles need it: better missed now than after the tensors
   arrays = StoredArrays(model / "decoder")
-  info = model_dir.read_info(model)
   codec = model_dir.load_codec(model, "image_codec") if "image_codec" in info else None
   tensors = list(_decoder_tensors(arrays, config, layout))
   if layout != "A":
@@ -142,7 +143,7 @@ def _write_native(
   # The official loader wants this key to be there, and uses nothing of it.
   state["rope.freqs"] = None
   with torch.serialization.skip_data(materialize_fake_tensors=True):
-    torch.save(state, file)
+    torch.save(state, file)  # with the checksums of zeros, which torch.load does not look at
   with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
     places = torch.load(file, mmap=True, weights_only=True)
   for name, _, _, read in tensors:
@@ -163,7 +164,7 @@ def _write_native(
     "swin_norm": config.norm_placement == "swin",
   }
   _write_json(folder / "params.json", {"model": params})
-  _write_json(folder / "consolidate_params.json", {"model": params | {"model_parallel_size": 1}})
+  _write_json(folder / "consolidate_params.json", {"model": params, "model_parallel_size": 1})
 
 
 def _write_hugging_face(
@@ -194,7 +195,7 @@ def _write_hugging_face(
   index = {"metadata": {"total_size": total}, "weight_map": place}
   _write_json(folder / "model.safetensors.index.json", index)
   fork = layout == "B"
-  ids = load_tokenizer(model / "tokenizer.json").get_vocab()
+  ids = json.loads(_hugging_face_tokenizer(model))["model"]["vocab"]
   about = {
     "architectures": ["ChameleonForCausalLM" if fork else "ChameleonForConditionalGeneration"],
     "model_type": "chameleon",
@@ -257,7 +258,7 @@ def _write_pickles(
 
 def _write_tokenizer(folder: pathlib.Path, model: pathlib.Path, layout: str) -> None:
   """The tokenizer where AR-Omni's loader and Hugging Face look for it."""
-  shutil.copy(model / "tokenizer.json", folder / "tokenizer.json")
+  (folder / "tokenizer.json").write_text(_hugging_face_tokenizer(model))
   about = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": "<s>",
@@ -270,6 +271,11 @@ def _write_tokenizer(folder: pathlib.Path, model: pathlib.Path, layout: str) -> 
   if layout == "A":
     (folder / "tokenizer").mkdir(exist_ok=True)
     shutil.copy(model / "tokenizer.json", folder / "tokenizer/text_tokenizer.json")
+
+
+def _hugging_face_tokenizer(model: pathlib.Path) -> str:
+  """The tokenizer with the name that Hugging Face gives to the place of a picture."""
+  return (model / "tokenizer.json").read_text().replace('"<reserved08707>"', '"<image>"')
 
 
 def _torch_dtype(dtype: np.dtype):

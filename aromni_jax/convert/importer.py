@@ -16,6 +16,7 @@ from aromni_jax.codecs import image_vq
 from aromni_jax.convert import codecs, decoders, sources
 from aromni_jax.convert import logits as logits_lib
 from aromni_jax.convert.decoders import VQ_PREFIX, ReleasedDecoder
+from aromni_jax.convert.sources import Tensors
 from aromni_jax.convert.tokenizer import read_vocabulary
 from aromni_jax.vocabulary import Vocabulary
 
@@ -142,6 +143,7 @@ def _convert_codecs(
   if file is not None:
     tensors, where, prefix = sources.read_file(file), str(file), ""
     files.add(file)
+    _check_same_vq(decoder.vq, tensors, file)
   if tensors:
     image, skipped = codecs.image_codec(tensors, where, vocabulary)
     _save_codec(partial, "image_codec", image, tensors, skipped, prefix, certificate)
@@ -175,6 +177,17 @@ def _convert_codecs(
     certificate["perception"] = "the codebook" if table is None else "another table, kept"
     files.add(file)
   return files
+
+
+def _check_same_vq(ours: Tensors, theirs: Tensors, file: pathlib.Path) -> None:
+  """Raises ValueError if the image encoder among the decoder's files is not that of `file`."""
+  for name in ours.keys() & theirs.keys():
+    a, b = ours[name].read(), theirs[name].read()
+    if a.shape != b.shape or (a != b.astype(a.dtype)).any():
+      raise ValueError(
+        f"{file} is not the image codec that the decoder was trained with: {name} differs from "
+        f"{VQ_PREFIX}{name} in {ours[name].file}"
+      )
 
 
 def _shown(file: pathlib.Path, folder: pathlib.Path) -> str:

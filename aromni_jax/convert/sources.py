@@ -5,6 +5,7 @@ runs no code of the file; PyTorch is in the extra `hf` and needed for pickles al
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -15,6 +16,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from absl import logging
 from safetensors import SafetensorError, safe_open
 
 _DTYPES = {
@@ -94,10 +96,9 @@ def read_bare_tensor(path: str | pathlib.Path) -> np.ndarray:
   """Returns the one tensor that a pickle is, or holds: AR-Omni's `perception.ckpt`."""
   path = pathlib.Path(path)
   loaded = _load_pickle(path)
-  torch = _torch()
   if isinstance(loaded, Mapping) and len(loaded) == 1:
     (loaded,) = loaded.values()
-  if not isinstance(loaded, torch.Tensor):
+  if not isinstance(loaded, require_torch().Tensor):
     raise ValueError(f"{path} is not a bare tensor; expected a table [codes, dimensions]")
   return _to_numpy(loaded)
 
@@ -148,27 +149,45 @@ def _read_safetensors(path: pathlib.Path) -> Tensors:
 
 
 def _read_pickle(path: pathlib.Path) -> Tensors:
-  torch = _torch()
   loaded = _load_pickle(path)
   if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
     loaded = loaded["state_dict"]
   if not isinstance(loaded, Mapping):
     raise ValueError(f"{path} holds a {type(loaded).__name__}; expected a dict of tensors")
+  torch = require_torch()
   out = {}
   for name, value in loaded.items():
     if not isinstance(value, torch.Tensor):
       continue  # rope.freqs may be None; Lightning keeps numbers
-    dtype = {torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}.get(value.dtype)
-    dtype = dtype or np.dtype(str(value.dtype).removeprefix("torch."))
+    kind = str(value.dtype).removeprefix("torch.")
+    try:
+      dtype = np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
+    except TypeError as e:
+      raise ValueError(f"{path}: tensor {name} is {kind}; expected floating-point numbers") from e
     out[name] = Tensor(name, tuple(value.shape), dtype, path, lambda value=value: _to_numpy(value))
   return out
 
 
+class _LeftOut:
+  """Stands for an object that is no weight; nothing of its class is imported or run."""
+
+  def __init__(self, *args: Any):
+    pass
+
+  def __setstate__(self, state: Any) -> None:
+    pass
+
+
 def _load_pickle(path: pathlib.Path) -> Any:
-  torch = _torch()
+  torch = require_torch()
+  load = functools.partial(
+    torch.load, path, map_location="cpu", weights_only=True, mmap=_is_zip(path)
+  )
   try:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    return load()
   except pickle.UnpicklingError as e:
+    if (loaded := _load_around(path, load)) is not None:
+      return loaded
     found = re.search(r"Unsupported global: GLOBAL (\S+)", str(e))
     what = f"names {found[1]}, which is no weight" if found else "is damaged"
     raise ValueError(
@@ -179,6 +198,22 @@ def _load_pickle(path: pathlib.Path) -> Any:
     raise ValueError(f"{path} is not a whole PyTorch checkpoint: {e}") from e
 
 
+def _load_around(path: pathlib.Path, load: Callable[[], Any]) -> Any:
+  """A checkpoint with a state dict and other objects beside it, as Lightning writes: without them.
+  None if it is not such a file."""
+  serialization = require_torch().serialization
+  try:
+    others = serialization.get_unsafe_globals_in_checkpoint(path)
+    with serialization.safe_globals([(_LeftOut, name) for name in others]):
+      loaded = load()
+  except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, AttributeError):
+    return None
+  if not isinstance(loaded, Mapping) or not isinstance(loaded.get("state_dict"), Mapping):
+    return None
+  logging.warning("%s also holds %s; left out, and not run.", path, ", ".join(others))
+  return loaded
+
+
 def _is_zip(path: pathlib.Path) -> bool:
   """Whether it is PyTorch's format since 1.6, the one that can be mapped."""
   with open(path, "rb") as f:
@@ -186,18 +221,19 @@ def _is_zip(path: pathlib.Path) -> bool:
 
 
 def _to_numpy(value) -> np.ndarray:
-  torch = _torch()
+  torch = require_torch()
   if value.dtype == torch.bfloat16:
     return value.detach().contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
   return value.detach().numpy()
 
 
-def _torch():
+def require_torch():
+  """Returns PyTorch. Raises ImportError that says how it is installed."""
   try:
     import torch
   except ImportError as e:
     raise ImportError(
-      "this checkpoint is a pickle, and PyTorch reads it: pip install 'aromni_jax[hf]', or give "
-      "safetensors"
+      "checkpoints that are pickles are read and written with PyTorch: pip install "
+      "'aromni_jax[hf]', or use safetensors"
     ) from e
   return torch

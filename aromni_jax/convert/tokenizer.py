@@ -46,6 +46,13 @@ def read_vocabulary(file: str | os.PathLike) -> Vocabulary:
     raise ValueError(
       f"tokenizer {path} has {len(codes)} names of image codes; expected {len(vocabulary.image)}"
     )
+  words = [n for n, i in ids.items() if vocabulary.boi <= i <= vocabulary.response]
+  words = [n for n in words if not n.startswith("<")]
+  if words:
+    raise ValueError(
+      f"tokenizer {path}: {words[0]!r} has id {ids[words[0]]}, but ids {vocabulary.boi} to "
+      f"{vocabulary.response} are for speech and turns; expected reserved names there"
+    )
   structural = [*named.values(), *codes.values()]
   for name, i in ids.items():
     if match := _RESERVED.fullmatch(name):
@@ -57,13 +64,8 @@ def read_vocabulary(file: str | os.PathLike) -> Vocabulary:
     elif name == _IMAGE_PLACEHOLDER[0]:
       _check(path, *_IMAGE_PLACEHOLDER[:1], i, _IMAGE_PLACEHOLDER[1])
       structural.append(i)
-  last = max(structural)
-  if last < vocabulary.response:
-    raise ValueError(
-      f"tokenizer {path}: text begins at id {last + 1}, but the ids of speech and turns go up to "
-      f"{vocabulary.response}; expected reserved names there"
-    )
-  return dataclasses.replace(vocabulary, text=range(last + 1, vocabulary.size))
+  start = max(vocabulary.response, *structural) + 1
+  return dataclasses.replace(vocabulary, text=range(start, vocabulary.size))
 
 
 def _check(path: str, what: str, found: int | None, wanted: int) -> None:

@@ -299,12 +299,15 @@ def unroll(decoder: Decoder, *, consume: bool = False) -> Decoder:
   leaves, treedef = jax.tree_util.tree_flatten(stacked)
   apart: list[list[Array]] = [[] for _ in range(count)]
   for array in leaves:
+    kernel = array.ndim == 3  # steps would cast it every time
+    dtype = decoder.config.compute_dtype if kernel else array.dtype
     for i, arrays in enumerate(apart):
-      arrays.append(array[i])
+      arrays.append(array[i].astype(dtype))
     if consume:
       jax.block_until_ready([arrays[-1] for arrays in apart])
       array.delete()
   out = nnx.merge(*nnx.split(decoder))
+  out.head.set_value(out.head[...].astype(decoder.config.compute_dtype))
   out.layers = nnx.List([])
   for i in range(count):
     layer = nnx.merge(graphdef, jax.tree_util.tree_unflatten(treedef, apart[i]))

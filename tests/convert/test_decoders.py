@@ -84,8 +84,16 @@ def test_pytorch_bin_and_fused_native_tensors_are_read(tmp_path):
   torch.save(released.to_torch(native), tmp_path / "fused/consolidated.pth")
   expected = decoders.read_all(decoders.find_decoder(tmp_path / "B"))
   for folder in ("bin", "fused"):
-    found = decoders.read_all(decoders.find_decoder(tmp_path / folder))
+    found = decoders.read_all(decoders.find_decoder(tmp_path / folder, swin_norm=False))
     jax.tree.map(np.testing.assert_array_equal, expected, found)
+
+
+def test_safetensors_come_before_pickles_of_the_same_decoder(tmp_path):
+  tensors = released.write_hugging_face(tmp_path, "B")
+  torch.save(released.to_torch(tensors), tmp_path / "pytorch_model.bin")
+  assert all(
+    t.file.suffix == ".safetensors" for t in decoders.find_decoder(tmp_path).tensors.values()
+  )
 
 
 def test_heads_whose_norms_differ_stay_apart(tmp_path):
@@ -93,7 +101,11 @@ def test_heads_whose_norms_differ_stay_apart(tmp_path):
   name = "model.layers.1.self_attn.q_norm.weight"
   tensors[name] = tensors[name] * np.arange(1, 5, dtype=ml_dtypes.bfloat16)[:, None]
   save_file(tensors, tmp_path / "model.safetensors")
-  found = decoders.find_decoder(tmp_path)
+  with pytest.raises(
+    ValueError, match="do not show where the norms stand; say it with --swin_norm"
+  ):
+    decoders.find_decoder(tmp_path)
+  found = decoders.find_decoder(tmp_path, swin_norm=False)
   assert found.config.per_head_norm
   norm = decoders.read_all(found)["layers"]["attention"]["q_norm"]["scale"]
   np.testing.assert_array_equal(norm[1], tensors[name])
@@ -231,7 +243,7 @@ def test_missing_tensors_are_named(tmp_path):
   del tensors["model.layers.1.mlp.up_proj.weight"]
   save_file(tensors, tmp_path / "model.safetensors")
   with pytest.raises(ValueError, match=r"missing \['model.layers.1.mlp.up_proj.weight'\] \(1\)"):
-    decoders.find_decoder(tmp_path)
+    decoders.find_decoder(tmp_path, swin_norm=False)
   save_file({n: t for n, t in tensors.items() if "norm" not in n}, tmp_path / "model.safetensors")
   with pytest.raises(ValueError, match="not a Chameleon decoder: it has no q/k norms"):
     decoders.find_decoder(tmp_path)
@@ -246,6 +258,12 @@ def test_contradictions_are_named(tmp_path):
     decoders.find_decoder(tmp_path / "B", swin_norm=True)
   with pytest.raises(ValueError, match="has layout B, not C as --layout says"):
     decoders.find_decoder(tmp_path / "B", "C")
+  released.write_hugging_face(tmp_path / "B", "B", rope_scaling={"type": "linear", "factor": 4})
+  with pytest.raises(ValueError, match="rotary positions are linear; expected the default"):
+    decoders.find_decoder(tmp_path / "B")
+  released.write_hugging_face(tmp_path / "B", "B", hidden_act="gelu")
+  with pytest.raises(ValueError, match="hidden_act is gelu; expected silu"):
+    decoders.find_decoder(tmp_path / "B")
   released.write_hugging_face(tmp_path / "B", "B", model_type="llama")
   with pytest.raises(ValueError, match="model_type is llama; expected chameleon"):
     decoders.find_decoder(tmp_path / "B")

@@ -1,5 +1,6 @@
 """The whole way of a released model: convert, import its data, fine-tune, use, and go back."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from aromni_jax import train_loop
+from aromni_jax import model_dir, train_loop
 from aromni_jax.config import TrainConfig, to_dataclass
 from aromni_jax.convert import decoders, exporter
 from configs import finetune_7b
@@ -45,7 +46,22 @@ def tuned(model, tmp_path_factory):
   return folder / "run/model"
 
 
+def test_a_base_of_another_function_is_refused(model, tmp_path):
+  c = finetune_7b.get_config("released")
+  c.base, c.data.shards = str(model), str(tmp_path)
+  c.model.update(dataclasses.asdict(released.TINY) | {"norm_placement": "swin"})
+  config = to_dataclass(TrainConfig, c.to_dict())
+  with pytest.raises(ValueError, match="norm_placement is swin, but the decoder of .* has pre"):
+    train_loop._check_same_function(config, model)
+  train_loop._check_same_function(dataclasses.replace(config, change_norm_placement=True), model)
+  other = dataclasses.replace(config.model, norm_placement="pre", rope_theta=5e5)
+  with pytest.raises(ValueError, match="rope_theta is 500000.0, but the decoder of .* has 10000.0"):
+    train_loop._check_same_function(dataclasses.replace(config, model=other), model)
+
+
 def test_a_tuned_model_goes_back_to_ar_omni(root, tuned, tmp_path):
+  assert not (tuned / "certificate.json").exists()  # it was about other weights
+  assert model_dir.decoder_config(tuned).param_dtype == "bfloat16"
   exporter.export(tuned, tmp_path / "A", "A")
   before, after = decoders.find_decoder(root), decoders.find_decoder(tmp_path / "A")
   assert before.config == after.config and before.tensors.keys() == after.tensors.keys()

@@ -1,6 +1,8 @@
+import argparse
 import dataclasses
 import itertools
 import json
+import pickle
 import shutil
 import signal
 import subprocess
@@ -97,7 +99,11 @@ def test_transformers_loads_what_is_exported(model, tmp_path):
   ours = logits.stored_logits(model, tokens)
   text = np.arange(16388, 65536)  # it masks the ids of pictures
   np.testing.assert_allclose(ours[:, text], expected[:, text], atol=1e-4)
-  assert AutoTokenizer.from_pretrained(tmp_path / "C").encode("a", add_special_tokens=False)
+  tokenizer = AutoTokenizer.from_pretrained(tmp_path / "C")
+  assert tokenizer.encode("a", add_special_tokens=False)
+  assert (
+    tokenizer.convert_tokens_to_ids("<image>") == theirs.config.vocabulary_map["<image>"] == 8711
+  )
 
 
 def test_a_decoder_is_read_onto_a_mesh(model):
@@ -219,6 +225,36 @@ def test_another_wavtokenizer_is_named(copy, tmp_path):
     convert(Sources(copy), tmp_path / "out")
 
 
+def test_lightning_objects_beside_the_weights_are_left_out(copy, tmp_path):
+  file = copy / "wavtokenizer_small.ckpt"
+  whole = torch.load(file, weights_only=True)
+  whole["callbacks"] = {"best": np.float64(0.5)}
+  whole["hyper_parameters"] = argparse.Namespace(rate=24000)
+  torch.save(whole, file)
+  with pytest.raises(pickle.UnpicklingError):
+    torch.load(file, weights_only=True)
+  tensors = sources.read_file(file)
+  assert set(tensors) == {n for n, t in whole["state_dict"].items()}
+  file.write_bytes(file.read_bytes()[:-3000])
+  with pytest.raises(ValueError, match="wavtokenizer_small.ckpt"):
+    sources.read_file(file)
+
+
+def test_another_vqgan_than_the_decoder_s_is_refused(root, tmp_path):
+  vq = {n: t for n, t in released.vqgan_tensors().items() if "decoder" not in n}
+  extra = {"model.vqmodel." + n: t.astype(ml_dtypes.bfloat16) for n, t in vq.items()}
+  released.write_hugging_face(tmp_path / "B", "B", extra=extra)
+  files = {"tokenizer": root / "tokenizer/text_tokenizer.json"}
+  files["vqgan"] = root / "tokenizer/vqgan.ckpt"
+  certificate = convert(Sources(tmp_path / "B", **files), tmp_path / "out")
+  assert certificate["skipped"]["model.vqmodel.quant_conv.weight"].startswith("vqgan.ckpt holds")
+  other = released.to_torch(released.vqgan_tensors(seed=1))
+  torch.save({"state_dict": other}, tmp_path / "other.ckpt")
+  files["vqgan"] = tmp_path / "other.ckpt"
+  with pytest.raises(ValueError, match="other.ckpt is not the image codec that the decoder was tr"):
+    convert(Sources(tmp_path / "B", **files), tmp_path / "out2")
+
+
 def edit_vqgan(folder, change):
   file = folder / "tokenizer/vqgan.ckpt"
   state = torch.load(file, weights_only=True)["state_dict"]
@@ -292,8 +328,10 @@ def test_the_check_against_a_source_can_fail(root, model, tmp_path):
     (["--source=a"], "--out is missing"),
     (["--model=a"], "--format is missing"),
     (["--model=a", "--format=B"], "--out is missing"),
-    (["--model=nowhere", "--format=B", "--out=o"], "nowhere has no tokenizer.json"),
+    (["--model=nowhere", "--format=B", "--out=o"], "nowhere is not a model directory"),
     (["--source=nowhere", "--out=o", "--tokenizer=t.json"], "t.json does not exist"),
+    (["--source=a", "--format=A", "--out=o"], "--format does not go with --source"),
+    (["--model=a", "--format=A", "--out=o", "--vqgan=v"], "--vqgan does not go with --model"),
   ],
 )
 def test_wrong_flags_are_named(tmp_path, arguments, message):

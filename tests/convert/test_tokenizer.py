@@ -50,6 +50,7 @@ def test_text_may_begin_elsewhere(tmp_path):
     (swap(12820, 12831), r"<reserved\d+> is id 128\d\d; expected id 128\d\d"),
     (swap(8300, 8301), r"<sentinel:10\d> is id 830\d; expected id 830\d"),
     (rename(8712, "<image>"), "<image> is id 8712; expected id 8711"),
+    (rename(12820, "word"), "'word' has id 12820, but ids 8197 to 12841 are for speech and turns"),
     (lambda names: names[:60000], "has 60000 ids; expected 65536"),
     (rename(20000, "IMGIMGIBJCZ"), "has 8193 names of image codes; expected 8192"),
   ],
