@@ -3,9 +3,9 @@
   python -m benchmarks.convert --dir=/big/disk [--layers=32] [--verify]
 
 Writes 14 GB of random bfloat16 weights, converts them (with the certificate), converts them back,
-compares all bits, and removes everything. Needs 45 GB of disk. Memory is that of the converting
-process: anonymous memory, and all, which counts mapped files, too. The peer of a conversion is the
-copying of the file: `copy_seconds`.
+compares all bits, and removes everything unless --keep. Needs 45 GB of disk. Memory is that of the
+converting process: anonymous memory, and all, which counts mapped files, too. The peer of a
+conversion is the copying of the file: `copy_seconds`.
 """
 
 import json
@@ -28,6 +28,7 @@ from tests import released
 
 _DIR = flags.DEFINE_string("dir", "runs/convert", "Folder for the files; is removed afterwards.")
 _LAYERS = flags.DEFINE_integer("layers", 32, "Layers; 32 is the released size.")
+_KEEP = flags.DEFINE_bool("keep", False, "Leaves the files where they are.")
 _VERIFY = flags.DEFINE_bool("verify", False, "Also compares logits with transformers.")
 
 
@@ -115,7 +116,8 @@ def main(argv: list[str]) -> None:
     result["equal"] = same(folder / "B", folder / "back")
     print(json.dumps(result))
   finally:
-    shutil.rmtree(folder, ignore_errors=True)
+    if not _KEEP.value:
+      shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
