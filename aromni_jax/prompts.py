@@ -309,7 +309,9 @@ def make_sample(
 
 def without_prompt(sample: Sample) -> Sample:
   """Returns the sample as bos and its response: what guidance compares a picture with. Of several
-  turns, what follows the first response stays."""
+  turns, what follows the first response stays. A sample whose response is empty stays whole."""
+  if sample.response_start == len(sample.tokens):
+    return sample
   cut = max(sample.response_start - 1, 0)
   spans = None if sample.response_spans is None else sample.response_spans - cut
   tokens = np.concatenate([sample.tokens[:1], sample.tokens[cut + 1 :]])

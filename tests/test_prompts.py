@@ -266,6 +266,8 @@ def test_characters_outside_the_model_survive_as_bytes():
 
 def test_responses_of_several_turns_move_with_the_ids_when_the_prompt_goes():
   ids = np.arange(12)
+  empty = Sample(ids, "text_to_image", 12, "k")
+  assert without_prompt(empty) is empty and empty.spans.tolist() == [[12, 12]]
   one = without_prompt(Sample(ids, "dialogue", 4, "k"))
   np.testing.assert_array_equal(one.tokens, [0, *range(4, 12)])
   np.testing.assert_array_equal(one.spans, [[1, 9]])
