@@ -93,6 +93,8 @@ def test_dialogues_are_answered_and_written(tmp_path):
   ]
   greedy = choose_samplers(model.recipe, temperature=0.0)
   engine = make_engine(model, greedy)
+  with pytest.raises(ValueError, match="max_new_tokens is 0; expected at least 1"):
+    next(answer_dialogs(model, dialogs[:1], engine=engine, max_new_tokens=0))
   answers = list(answer_dialogs(model, dialogs, engine=engine))
   together = answer_dialogs(model, dialogs, engine=engine, batch_size=2)
   for one, other in zip(answers, together, strict=True):
