@@ -1,15 +1,19 @@
 """Dialogues of several turns: a file of AR-Omni's chat schema in, a folder per turn out.
 
 The file holds one dialogue `{"dialog_id": ..., "turns": [...]}`, a list of them, a list of turns,
-or (.jsonl) one dialogue a line. A turn has `wav_path` or `text`, and may have `image_paths`,
-`user_append_text` (what to do, in words) and `reset` (true forgets the turns before it). A `text`
-is spoken by the model itself, by its text_to_speech; AR-Omni's script uses CosyVoice there, so
-`speaker_wav` and `prompt_text` have no effect here.
+or one of these objects a line. A turn has `wav_path` (or `audio_path`) or `text`, which wins, and
+may have `image_paths`, `user_append_text` (what to do, in words), silence around the speech
+(`silence_head_sec`, `silence_tail_sec`, or ids, `silence_head_tokens`, `silence_tail_tokens`),
+`reset` (true forgets the turns before it) and a `dialog_id`, of which a new one is a reset.
+Relative paths begin at the folder of the file. A `text` is spoken by the model itself, by its
+text_to_speech; AR-Omni's script uses CosyVoice there, so `speaker_wav` and `prompt_text` have no
+effect here. As in that script, pictures lose their alpha instead of being laid on white.
 """
 
 import collections
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,7 +23,7 @@ from absl import logging
 from PIL import Image
 
 from aromni_jax import model_dir
-from aromni_jax.codecs import audio
+from aromni_jax.codecs import audio, image_vq
 from aromni_jax.decoding.engine import Engine
 from aromni_jax.inference import (
   Request,
@@ -40,17 +44,28 @@ from aromni_jax.prompts import (
 )
 
 _COSYVOICE = {"speaker_wav", "prompt_text"}
+_SILENCE = {f"silence_{at}_{unit}" for at in ("head", "tail") for unit in ("sec", "tokens")}
+_TURN = _SILENCE | {
+  *("wav_path", "audio_path", "text", "image_paths", "user_append_text", "reset", "dialog_id")
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class UserTurn:
-  """What the user says in one turn; fields as in the file, exactly one of the first two."""
+  """What the user says in one turn; fields as in the file, exactly one of the first two.
+
+  Silence is put before and after the speech, in seconds, or in ids if these are given.
+  """
 
   wav_path: str | None = None
   text: str | None = None
   image_paths: tuple[str, ...] = ()
   user_append_text: str | None = None
   reset: bool = False
+  silence_head_sec: float = 0.0
+  silence_tail_sec: float = 0.0
+  silence_head_tokens: int | None = None
+  silence_tail_tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,25 +98,34 @@ def read_dialogs(path: str | pathlib.Path) -> list[Dialog]:
     ValueError: if it is not of the schema; the message names the dialogue, turn and field.
   """
   path = pathlib.Path(path)
-  text = path.read_text()
-  try:
-    lines = [line for line in text.splitlines() if line.strip()]
-    data = [json.loads(x) for x in lines] if path.suffix == ".jsonl" else json.loads(text)
-  except json.JSONDecodeError as e:
-    raise ValueError(f"{path} is not JSON: {e}") from e
+  data = _read_json(path)
   data = [data] if isinstance(data, dict) else data
   if not isinstance(data, list) or not data or not all(isinstance(x, dict) for x in data):
     raise ValueError(f"{path}: expected a dialogue, a list of dialogues or a list of turns")
   if not any("turns" in x for x in data):
     data = [{"turns": data}]
-  dialogs = [_dialog(x, f"{path}: dialogue {i}", f"dialog_{i}") for i, x in enumerate(data)]
+  dialogs = [
+    _dialog(x, f"{path}: dialogue {i}", f"dialog_{i}", path.parent) for i, x in enumerate(data)
+  ]
   repeated = collections.Counter(d.dialog_id for d in dialogs).most_common(1)[0]
   if repeated[1] > 1:
     raise ValueError(f"{path}: {repeated[1]} dialogues have the dialog_id {repeated[0]!r}")
   return dialogs
 
 
-def _dialog(data: dict[str, Any], where: str, name: str) -> Dialog:
+def _read_json(path: pathlib.Path) -> Any:
+  """Returns what the file holds: one value, or a list of one value a line."""
+  text = path.read_text()
+  try:
+    return json.loads(text)
+  except json.JSONDecodeError as whole:
+    try:
+      return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except json.JSONDecodeError as e:
+      raise ValueError(f"{path} is not JSON ({whole}), nor JSON lines ({e.doc[:40]!r}: {e})") from e
+
+
+def _dialog(data: dict[str, Any], where: str, name: str, folder: pathlib.Path) -> Dialog:
   _check_keys(data, {"dialog_id", "turns"}, where)
   name = str(data.get("dialog_id", name))
   if pathlib.Path(name).name != name:
@@ -109,24 +133,40 @@ def _dialog(data: dict[str, Any], where: str, name: str) -> Dialog:
   turns = data.get("turns")
   if not isinstance(turns, list) or not turns:
     raise ValueError(f"{where}: turns must be a list with at least one turn")
-  return Dialog(name, tuple(_turn(t, f"{where}, turn {i}") for i, t in enumerate(turns)))
+  out, current = [], data.get("dialog_id")
+  for i, turn in enumerate(turns):
+    out.append(_turn(turn, f"{where}, turn {i}", folder))
+    if turn.get("dialog_id") not in (None, current):
+      current = turn["dialog_id"]
+      out[-1] = dataclasses.replace(out[-1], reset=True)
+  return Dialog(name, tuple(out))
 
 
-def _turn(data: Any, where: str) -> UserTurn:
+def _turn(data: Any, where: str, folder: pathlib.Path) -> UserTurn:
   if not isinstance(data, dict):
     raise ValueError(f"{where}: expected an object with wav_path or text")
-  _check_keys(data, {f.name for f in dataclasses.fields(UserTurn)}, where)
-  if bool(data.get("wav_path")) == bool(data.get("text")):
-    raise ValueError(f"{where}: expected either wav_path or text")
+  _check_keys(data, _TURN, where)
+  for name in ("wav_path", "audio_path", "text", "user_append_text"):
+    if not isinstance(data.get(name), str | None):
+      raise ValueError(f"{where}: {name} is {data[name]!r}; expected a string")
+  text, wav = data.get("text") or None, data.get("wav_path") or data.get("audio_path")
+  if not text and not wav:
+    raise ValueError(f"{where}: expected wav_path or text")
   images = data.get("image_paths") or ()
   if isinstance(images, str) or not all(isinstance(x, str) for x in images):
     raise ValueError(f"{where}: image_paths must be a list of paths")
+  silence = {name: data[name] for name in sorted(_SILENCE) if data.get(name) is not None}
+  for name, value in silence.items():
+    kind, words = (int, "an integer") if name.endswith("tokens") else (int | float, "a number")
+    if not isinstance(value, kind) or not 0 <= value < math.inf:
+      raise ValueError(f"{where}: {name} is {value!r}; expected {words} >= 0")
   return UserTurn(
-    data.get("wav_path"),
-    data.get("text"),
-    tuple(images),
+    None if text else str(folder / wav),
+    text,
+    tuple(str(folder / x) for x in images),
     data.get("user_append_text"),
     bool(data.get("reset", False)),
+    **silence,
   )
 
 
@@ -143,7 +183,7 @@ def answer_dialogs(
   *,
   engine: Engine,
   seed: int = 0,
-  batch_size: int = 8,
+  batch_size: int = 1,
   max_new_tokens: int | None = None,
 ) -> Iterator[Answer]:
   """Yields the answers, all first turns, then all second ones and so on.
@@ -152,7 +192,7 @@ def answer_dialogs(
     model, seed, max_new_tokens: as in `inference.generate_batch`.
     engine: what `inference.make_engine` returns for the model.
     dialogs: what `read_dialogs` returns.
-    batch_size: dialogues at a time.
+    batch_size: dialogues at a time. Each has up to three sequences in the cache.
 
   Raises:
     FileNotFoundError, ValueError: for media that cannot be read, a text that the model did not
@@ -161,7 +201,8 @@ def answer_dialogs(
   check_codecs(model, "dialogue")
   places = [(d, t) for d, dialog in enumerate(dialogs) for t in range(len(dialog.turns))]
   rounds = sorted(places, key=lambda place: place[1])
-  turns = _user_turns(model, [dialogs[d].turns[t] for d, t in places], engine, seed)
+  turns = [dialogs[d].turns[t] for d, t in places]
+  turns = _user_turns(model, turns, engine, seed, batch_size)
   asked = dict(zip(places, turns, strict=True))
   history: dict[int, list[Turn]] = collections.defaultdict(list)
   while rounds:
@@ -187,14 +228,16 @@ def answer_dialogs(
       yield Answer(dialogs[d].dialog_id, t, len(prompt), tokens)
 
 
-def _user_turns(model: Model, turns: Sequence[UserTurn], engine: Engine, seed: int) -> list[Turn]:
+def _user_turns(
+  model: Model, turns: Sequence[UserTurn], engine: Engine, seed: int, batch_size: int
+) -> list[Turn]:
   """Returns the turns as codes; texts are spoken by the model."""
   written = [i for i, turn in enumerate(turns) if turn.text]
   heard = [i for i, turn in enumerate(turns) if turn.wav_path]
   speech = {}
   if written:
     requests = [Request("text_to_speech", text=turns[i].text) for i in written]
-    responses = generate_batch(model, requests, engine=engine, seed=seed)
+    responses = generate_batch(model, requests, engine=engine, seed=seed, batch_size=batch_size)
     for i, response in zip(written, responses, strict=True):
       speech[i] = read_response(response.tokens, model.vocabulary, model.text).speech
       if speech[i] is None:
@@ -204,11 +247,23 @@ def _user_turns(model: Model, turns: Sequence[UserTurn], engine: Engine, seed: i
     speech |= dict(zip(heard, clips, strict=True))
   out = []
   for i, turn in enumerate(turns):
-    images = encode_pictures(model, list(turn.image_paths)) if turn.image_paths else ()
+    head = _silence(model, turn.silence_head_sec, turn.silence_head_tokens)
+    tail = _silence(model, turn.silence_tail_sec, turn.silence_tail_tokens)
+    pictures = [image_vq.read_picture(p).convert("RGB") for p in turn.image_paths]
+    images = encode_pictures(model, pictures) if pictures else ()
     words = turn.user_append_text
     words = default_instruction("dialogue", model.recipe) if words is None else words
-    out.append(Turn(speech[i], tuple(images), words))
+    out.append(Turn(np.concatenate([head, speech[i], tail]), tuple(images), words))
   return out
+
+
+def _silence(model: Model, seconds: float, tokens: int | None) -> np.ndarray:
+  """Returns the codes of silence, int32[tokens], or of so many seconds without `tokens`."""
+  config = model.speech_codec.config
+  samples = round(seconds * config.sample_rate) if tokens is None else tokens * config.hop
+  if not samples:
+    return np.zeros(0, np.int32)
+  return encode_clips(model, [np.zeros(samples, np.float32)])[0]
 
 
 def write_answer(model: Model, answer: Answer, out: pathlib.Path) -> None:

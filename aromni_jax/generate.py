@@ -55,6 +55,7 @@ _IMAGE_GUIDANCE = flags.DEFINE_float(
   "image_guidance", None, "How far a picture moves to the pictures before it."
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "Budget of the response in ids.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Dialogues answered at a time.", lower_bound=1)
 
 
 def main(argv: list[str]) -> None:
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> None:
     if dialogs is None:
       _answer(model, options)
       return
-    for answer in dialog.answer_dialogs(model, dialogs, **options):
+    for answer in dialog.answer_dialogs(model, dialogs, batch_size=_BATCH_SIZE.value, **options):
       dialog.write_answer(model, answer, pathlib.Path(_OUT.value))
 
 

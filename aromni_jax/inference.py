@@ -226,8 +226,11 @@ def response_budget(
   it counts all ids of a response, where the released code begins anew after each picture.
 
   Raises:
-    ValueError: if the prompt leaves no room (released; the engine checks the paper's).
+    ValueError: if `max_new_tokens` is not positive, or the prompt leaves no room (released; the
+      engine checks the paper's).
   """
+  if max_new_tokens is not None and max_new_tokens <= 0:
+    raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1, or none")
   picture = model.vocabulary.image_length + 2
   if model.recipe == "paper":
     parts = OUTPUTS[task] + (("text",) if task == "dialogue" else ())

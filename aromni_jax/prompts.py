@@ -229,7 +229,9 @@ def make_chat_prompt(
 ) -> np.ndarray:
   """Returns int32[n], a dialogue up to the point where the model answers the last turn.
 
-  Replies lose their outer bos and eos, and end in eom.
+  All turns before the last are the history: their prompts and replies, as they are. As in AR-Omni's
+  chat it loses bos and eos at its two ends and is closed by eom; replies inside stay open or end in
+  eos, as the model left them.
 
   Args:
     turns: oldest first; all but the last have a reply.
@@ -243,27 +245,28 @@ def make_chat_prompt(
   if not turns:
     raise ValueError("a dialogue has no turn; expected at least one")
   say, v = text_codec.encode, vocabulary
-  pieces: list[Sequence[int] | np.ndarray] = [[v.bos]]
+  history: list[Sequence[int] | np.ndarray] = []
   for i, turn in enumerate(turns):
     if not len(turn.speech):
       raise ValueError(f"turn {i} of a dialogue needs speech, but it is empty")
     if (turn.reply is None) != (i == len(turns) - 1):
       raise ValueError(f"turn {i} of {len(turns)}: every turn but the last has a reply")
     said = [_speech(turn.speech, v), say(turn.instruction)]
-    pieces += [say("USER:"), *(_image(codes, v) for codes in turn.images)]
-    pieces += said if recipe == "released" else said[::-1]
-    pieces += [[v.eoh], say(_MACHINE[recipe])]
+    user = [say("USER:"), *(_image(codes, v) for codes in turn.images)]
+    user += said if recipe == "released" else said[::-1]
+    user += [[v.eoh], say(_MACHINE[recipe])]
     if turn.reply is not None:
-      reply = _strip(np.asarray(turn.reply), (v.bos, v.eos))
-      pieces.append(reply)
-      if not len(reply) or reply[-1] != v.eom:
-        pieces.append([v.eom])
+      history += [*user, turn.reply]
+  pieces = [[v.bos], *user]
+  if history:
+    before = _strip(np.concatenate(history), (v.bos, v.eos))
+    pieces[1:1] = [before] if before[-1] == v.eom else [before, [v.eom]]
   return np.concatenate(pieces).astype(np.int32)
 
 
 def _strip(ids: np.ndarray, outer: tuple[int, ...]) -> np.ndarray:
   inner = np.flatnonzero(~np.isin(ids, outer))
-  return ids[inner[0] : inner[-1] + 1] if len(inner) else ids[:0]
+  return ids[inner[0] : inner[-1] + 1]
 
 
 def make_sample(
@@ -306,7 +309,9 @@ def make_sample(
 
 def without_prompt(sample: Sample) -> Sample:
   """Returns the sample as bos and its response: what guidance compares a picture with. Of several
-  turns, what follows the first response stays."""
+  turns, what follows the first response stays. A sample whose response is empty stays whole."""
+  if sample.response_start == len(sample.tokens):
+    return sample
   cut = max(sample.response_start - 1, 0)
   spans = None if sample.response_spans is None else sample.response_spans - cut
   tokens = np.concatenate([sample.tokens[:1], sample.tokens[cut + 1 :]])

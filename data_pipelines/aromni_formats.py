@@ -1,12 +1,15 @@
 """The files that AR-Omni trains on, one line or row at a time.
 
-Pre-training is JSONL: `discrete_code` (the whole sequence of ids), `task`, `response` (a list of
-which only the length counts) and perhaps `id`. The instruction data are parquet: `input_ids`,
-`labels` (-100 where nothing is predicted) and perhaps `id`.
+Pre-training is JSONL: `discrete_code` (the whole sequence of ids), `task`, and perhaps `response`
+(a list of which only the length counts; null or none at all is an empty one) and `id`. The
+instruction data are parquet: `input_ids`, `labels` (-100 where nothing is predicted) and perhaps
+`id`.
 """
 
+import functools
 import json
 import pathlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +23,7 @@ IGNORED = -100  # label of an id that is not predicted
 # The released loaders keep JSONL samples that are shorter, and parquet samples that are not longer.
 MAX_LENGTH = {".jsonl": 1300, ".parquet": 2048}
 TOO_LONG = "too_long"  # the one reason that the released loaders expect
+WITH_EOS = "response_with_eos"  # a note on lines that are samples
 _FIELDS = ("discrete_code", "task", "response")
 _ROWS = 256  # of a parquet file in memory at once
 
@@ -56,7 +60,7 @@ def find_files(source: str | pathlib.Path) -> list[pathlib.Path]:
 
 
 def read_file(
-  path: pathlib.Path, vocabulary: Vocabulary, max_length: int
+  path: pathlib.Path, vocabulary: Vocabulary, max_length: int, notes: Counter
 ) -> Iterator[tuple[int, Sample | BadLine]]:
   """Yields every line or row by its number, from 1: a sample, or why it is none.
 
@@ -66,12 +70,16 @@ def read_file(
     path: a .jsonl or .parquet file.
     vocabulary: id space of the file.
     max_length: see `MAX_LENGTH`.
+    notes: counts what is odd about samples, see `parse_line`.
 
   Raises:
     ValueError: for a file that is no parquet file or lacks its columns.
     ImportError: if parquet is asked for without pyarrow.
   """
-  read, parse = {".jsonl": (_lines, parse_line), ".parquet": (_rows, parse_row)}[path.suffix]
+  read, parse = {
+    ".jsonl": (_lines, functools.partial(parse_line, notes=notes)),
+    ".parquet": (_rows, parse_row),
+  }[path.suffix]
   for number, raw in enumerate(read(path), 1):
     try:
       yield number, parse(raw, vocabulary, max_length)
@@ -79,8 +87,11 @@ def read_file(
       yield number, bad
 
 
-def parse_line(line: bytes, vocabulary: Vocabulary, max_length: int) -> Sample:
+def parse_line(line: bytes, vocabulary: Vocabulary, max_length: int, *, notes: Counter) -> Sample:
   """Returns the sample of a JSONL line; its response begins where `tail_start` says.
+
+  A `response` that includes eos counts as `WITH_EOS` in `notes`. Its length is taken as it is, as
+  in AR-Omni, so ids before it count as response, too.
 
   Raises:
     BadLine: if the line is not as described above, or not shorter than `max_length`.
@@ -91,10 +102,11 @@ def parse_line(line: bytes, vocabulary: Vocabulary, max_length: int) -> Sample:
     raise BadLine("not_json", f"not JSON ({e}); expected one object per line") from e
   if not isinstance(record, dict):
     raise BadLine("wrong_type", f"the line is a {type(record).__name__}; expected an object")
-  for field in _FIELDS:
+  for field in _FIELDS[:2]:
     if field not in record:
-      raise BadLine("missing_field", f"no field {field}; expected {', '.join(_FIELDS)}")
-  codes, task, response = (record[field] for field in _FIELDS)
+      raise BadLine("missing_field", f"no field {field}; expected {' and '.join(_FIELDS[:2])}")
+  codes, task, response = (record.get(field) for field in _FIELDS)
+  response = response or []
   if not isinstance(codes, list) or not set(map(type, codes)) <= {int}:
     raise BadLine("wrong_type", "discrete_code must be a list of integers")
   if not isinstance(task, str) or not isinstance(response, list):
@@ -105,15 +117,10 @@ def parse_line(line: bytes, vocabulary: Vocabulary, max_length: int) -> Sample:
   if len(codes) >= max_length:
     raise BadLine(TOO_LONG, f"discrete_code has {len(codes)} ids; expected less than {max_length}")
   tokens = _check_ids("discrete_code", codes, vocabulary)
-  if not response:
-    raise BadLine("empty_response", "response is empty; expected the ids of the response")
-  if vocabulary.eos in response:
-    raise BadLine(
-      "response_with_eos",
-      f"response includes eos ({vocabulary.eos}), which AR-Omni does not count; leave it out",
-    )
   start = tail_start(tokens, len(response), vocabulary.eos)
-  return Sample(tokens, task, start, _key(record.get("id")))
+  sample = Sample(tokens, task, start, _key(record.get("id")))
+  notes[WITH_EOS] += vocabulary.eos in response
+  return sample
 
 
 def parse_row(row: dict[str, Any], vocabulary: Vocabulary, max_length: int) -> Sample:
@@ -155,7 +162,7 @@ def tail_start(tokens: np.ndarray, length: int, eos: int) -> int:
   """Returns where a response of so many ids begins among int32[n] ids.
 
   As in AR-Omni, a response is the last `length` ids that are predicted (all but the first one) and
-  are not eos, whatever follows or lacks at the end.
+  are not eos, whatever follows or lacks at the end. One of no ids begins behind the last id.
 
   Raises:
     BadLine: if there are not so many.
@@ -165,7 +172,7 @@ def tail_start(tokens: np.ndarray, length: int, eos: int) -> int:
     raise BadLine(
       "response_too_long", f"response has {length} ids; the sequence has {len(counted)} but eos"
     )
-  return int(counted[-length])
+  return int(counted[-length]) if length else len(tokens)
 
 
 def runs(mask: np.ndarray) -> np.ndarray:
@@ -175,11 +182,12 @@ def runs(mask: np.ndarray) -> np.ndarray:
 
 
 def to_line(sample: Sample, vocabulary: Vocabulary) -> str:
-  """Returns the JSONL line of a sample, which `parse_line` reads as the same sample.
+  """Returns the JSONL line of a sample, which `parse_line` reads as the same sample; a response of
+  eos alone it reads as an empty one.
 
   Raises:
-    ValueError: for a task that AR-Omni has no name for, or a response that it cannot write: of
-      several spans, not at the end, or empty.
+    ValueError: for a task that AR-Omni has no name for, or responses of several spans or not at the
+      end.
   """
   if sample.task not in OFFICIAL_TASKS:
     raise ValueError(
@@ -194,8 +202,6 @@ def to_line(sample: Sample, vocabulary: Vocabulary) -> str:
   tokens = np.asarray(sample.tokens)
   response = tokens[max(sample.response_start, 1) :]
   response = response[response != vocabulary.eos]
-  if not len(response):
-    raise ValueError(f"sample {sample.key!r} has no response; AR-Omni's JSONL needs one")
   codes, response = tokens.tolist(), response.tolist()
   record = dict(zip(_FIELDS, (codes, sample.task, response), strict=True)) | {"id": sample.key}
   return json.dumps(record, ensure_ascii=False)

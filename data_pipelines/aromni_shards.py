@@ -74,6 +74,13 @@ def import_files(
   infos = [sample_parts.read_info(part) for part in parts]
   report = _join_reports(work, parts)
   rejected = sum((Counter(info["rejected"]) for info in infos), Counter())
+  notes = sum((Counter(info["notes"]) for info in infos), Counter())
+  if count := notes[aromni_formats.WITH_EOS]:
+    logging.warning(
+      "%d responses include eos. As in AR-Omni their length is taken as it is, though it counts no "
+      "eos in the sequence: ids before the response count as response, too.",
+      count,
+    )
   _check_rejected(rejected, sum(info["lines"] for info in infos), max_bad_fraction, report)
   manifest = token_shards.write(
     directory,
@@ -86,6 +93,7 @@ def import_files(
       "max_length": max_length,
       "input_files": {i["source"]["file"]: {k: i[k] for k in ("lines", "samples")} for i in infos},
       "rejected": dict(sorted(rejected.items())),
+      "notes": dict(sorted(notes.items())),
     },
     files={sample_parts.REJECTED: report},
   )
@@ -137,9 +145,9 @@ def _finish_part(
         "%s: %d lines, %d rejected, %.0f lines/s", file.name, lines, rejected.total(), speed
       )
 
-  sample_parts.write(
-    part, file, aromni_formats.read_file(file, vocabulary, max_length), progress=progress
-  )
+  notes = Counter()
+  lines = aromni_formats.read_file(file, vocabulary, max_length, notes)
+  sample_parts.write(part, file, lines, progress=progress, notes=notes)
   info = sample_parts.read_info(part)
   logging.info("%s: %d lines, %d samples", file.name, info["lines"], info["samples"])
   return part

@@ -1,8 +1,8 @@
 """Finished parts of an import: one folder per input file, so that a killed import goes on.
 
-A part appears only once it is whole. `part.json` says what it was made of and counts lines, samples
-and reasons; `rejected.jsonl` has a line for every line that is no sample; `00000.npz`, `00001.npz`
-... hold the samples, a few thousand in each, so memory never holds a file.
+A part appears only once it is whole. `part.json` says what it was made of and counts lines,
+samples, notes and reasons; `rejected.jsonl` has a line for every line that is no sample;
+`00000.npz`, `00001.npz` ... hold the samples, a few thousand in each, so memory never holds a file.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ def is_finished(part: pathlib.Path, source: pathlib.Path) -> bool:
 
 
 def read_info(part: pathlib.Path) -> dict[str, Any]:
-  """Returns part.json: "source", "lines", "samples" and "rejected", reason -> count."""
+  """Returns part.json: "source", "lines", "samples"; "rejected" and "notes" -> count."""
   return json.loads((part / _INFO).read_text())
 
 
@@ -46,6 +46,7 @@ def write(
   source: pathlib.Path,
   lines: Iterable[tuple[int, Sample | BadLine]],
   progress: Callable[[int, Counter], None],
+  notes: Counter,
 ) -> None:
   """Writes a part.
 
@@ -54,6 +55,7 @@ def write(
     source: the input file.
     lines: what the file holds, line by line.
     progress: called with the lines so far and the rejected ones by reason after every line.
+    notes: what `lines` has counted when it ends.
   """
   partial = part.with_name(part.name + ".partial")
   for old in (partial, part):
@@ -78,6 +80,7 @@ def write(
   if chunk:
     _save(partial / f"{next(numbers):05d}.npz", source.name, chunk)
   counts = {"lines": number, "samples": number - rejected.total(), "rejected": dict(rejected)}
+  counts["notes"] = {note: count for note, count in notes.items() if count}
   (partial / _INFO).write_text(json.dumps({"source": made_of, **counts}))
   partial.rename(part)
 

@@ -172,7 +172,7 @@ def test_a_chat_of_three_turns_piece_by_piece():
   ]
   pieces = [
     [[V.bos], SAY("USER:"), SHOWN, SHOWN, SOUND, SAY("look"), [V.eoh], SAY("GPT:")],
-    [[2100, 2101, V.eom], SAY("USER:"), SOUND, [V.eoh], SAY("GPT:")],
+    [first, SAY("USER:"), SOUND, [V.eoh], SAY("GPT:")],
     [[2102, V.eom], SAY("USER:"), SHOWN, SOUND, SAY(CHAT), [V.eoh], SAY("GPT:")],
   ]
   ids = make_chat_prompt(turns, V, TEXT, recipe="released")
@@ -180,6 +180,25 @@ def test_a_chat_of_three_turns_piece_by_piece():
   paper = make_chat_prompt(turns[2:], V, TEXT, recipe="paper")
   want = [[V.bos], SAY("USER:"), SHOWN, SAY(CHAT), SOUND, [V.eoh], SAY("ASSISTANT:")]
   np.testing.assert_array_equal(paper, np.concatenate(want))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+  "replies, kept",
+  [
+    # The first reply ended by itself, the next was cut by its budget: only the end is closed.
+    ([[2100, V.eos], [2101, V.boa]], [[2100, V.eos], [2101, V.boa, V.eom]]),
+    ([[V.eos, 2100], [2101, V.eos, V.eos]], [[V.eos, 2100], [2101, V.eom]]),
+    ([[2100, V.eom], [2101, V.eom]], [[2100, V.eom], [2101, V.eom]]),
+    ([[], [V.eos]], [[], [V.eom]]),
+  ],
+)
+def test_only_the_end_of_the_history_is_closed(recipe, replies, kept):
+  turns = [Turn(CLIP, (), "look", np.array(reply, np.int32)) for reply in replies]
+  user = make_chat_prompt([Turn(CLIP, (), "look")], V, TEXT, recipe=recipe)
+  ids = make_chat_prompt([*turns, Turn(CLIP, (), "look")], V, TEXT, recipe=recipe)
+  want = [user, kept[0], user[1:], kept[1], user[1:]]
+  np.testing.assert_array_equal(ids, np.concatenate(want))
 
 
 @pytest.mark.parametrize(
@@ -247,6 +266,8 @@ def test_characters_outside_the_model_survive_as_bytes():
 
 def test_responses_of_several_turns_move_with_the_ids_when_the_prompt_goes():
   ids = np.arange(12)
+  empty = Sample(ids, "text_to_image", 12, "k")
+  assert without_prompt(empty) is empty and empty.spans.tolist() == [[12, 12]]
   one = without_prompt(Sample(ids, "dialogue", 4, "k"))
   np.testing.assert_array_equal(one.tokens, [0, *range(4, 12)])
   np.testing.assert_array_equal(one.spans, [[1, 9]])

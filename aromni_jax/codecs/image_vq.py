@@ -140,7 +140,7 @@ def preprocess(picture: Image.Image | str | os.PathLike | bytes, resolution: int
     ValueError: not a picture, damaged, over 100 times as long as wide (all of it is scaled before
       the crop), of floats, or too large for Pillow's decompression limit.
   """
-  rgb = whiten(_open(picture))
+  rgb = whiten(read_picture(picture))
   short, long = sorted(rgb.size)
   if long > _MAX_ASPECT * short:
     raise ValueError(
@@ -185,8 +185,12 @@ def _name(picture: Image.Image | str | os.PathLike | bytes) -> str:
   return "in memory" if isinstance(picture, Image.Image) else os.fspath(picture)
 
 
-def _open(picture: Image.Image | str | os.PathLike | bytes) -> Image.Image:
-  """Returns a loaded, upright picture; all failures name the file and say what is wrong."""
+def read_picture(picture: Image.Image | str | os.PathLike | bytes) -> Image.Image:
+  """Returns a loaded, upright picture.
+
+  Raises:
+    FileNotFoundError, ValueError: as in `preprocess`; they name the file and say what is wrong.
+  """
   if isinstance(picture, Image.Image):
     return ImageOps.exif_transpose(picture)
   name = _name(picture)

@@ -171,7 +171,7 @@ class Engine:
     while not finished:
       if longest + step == cache_length:
         cache_length = _cache_length(cache_length + 1, end)
-        progress = _grow(progress, cache_length=cache_length)
+        progress = _grow(progress, cache_length)
       limit = min(cache_length - longest, shown + chunk)
       progress = self._advance(self._params, progress, keys, limit)
       step = int(progress.step)
@@ -280,14 +280,20 @@ class Engine:
     return jnp.concatenate(slots), jnp.concatenate(after)
 
 
-@functools.partial(jax.jit, static_argnames="cache_length")
-def _grow(progress: _Progress, *, cache_length: int) -> _Progress:
-  """Returns the same with empty slots at the end of the cache."""
+def _grow(progress: _Progress, cache_length: int) -> _Progress:
+  """Returns the same with empty slots at the end of the cache. Each old array is freed once its
+  longer copy is there, so memory never holds two caches."""
+  arrays, treedef = jax.tree.flatten(progress.cache)
+  for i, old in enumerate(arrays):
+    arrays[i] = jax.block_until_ready(_lengthen(old, cache_length))
+    old.delete()
+  return dataclasses.replace(progress, cache=treedef.unflatten(arrays))
 
-  def pad(x):
-    return jnp.pad(x, ((0, 0), (0, 0), (0, cache_length - x.shape[2]), (0, 0)))
 
-  return dataclasses.replace(progress, cache=jax.tree.map(pad, progress.cache))
+@functools.partial(jax.jit, static_argnums=1)
+def _lengthen(array: Array, length: int) -> Array:
+  """Returns [B, K, S, H] as [B, K, length, H], zeros at the end."""
+  return jnp.pad(array, ((0, 0), (0, 0), (0, length - array.shape[2]), (0, 0)))
 
 
 def _cache_length(needed: int, end: int) -> int:

@@ -42,6 +42,17 @@ def records(count, seed=0):
   return out
 
 
+def odd_records(count, seed=1):
+  """Official records whose response is missing, null, empty or ends in eos, in all tasks."""
+  out = []
+  for i, record in enumerate(records(count, seed)):
+    record |= {"id": f"odd/{i}"}
+    response = record.pop("response")
+    kinds = ({}, {"response": None}, {"response": []}, {"response": [*response, V.eos]})
+    out.append(record | kinds[i // 7 % 4])
+  return out
+
+
 def write_jsonl(path, items):
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text("".join(json.dumps(item) + "\n" for item in items))
@@ -83,7 +94,7 @@ def official_weights(record):
   labels = record["discrete_code"][1:]
   weights = [1.0] * len(labels)
   if record["task"] in ("image_caption", "speech_to_text"):
-    left = len(record["response"])
+    left = len(record.get("response", []) or [])
     for at in reversed(range(len(labels))):
       if labels[at] != 2 and left:
         weights[at], left = 2.0, left - 1
@@ -103,12 +114,15 @@ def official_inside(ids):
   return inside
 
 
-def test_weights_are_those_of_the_released_code(tmp_path):
-  items = records(140)
+def test_weights_are_those_of_the_released_code(tmp_path, caplog):
+  items = records(140) + odd_records(56)
   write_jsonl(tmp_path / "in/a.jsonl", items)
-  import_files(tmp_path / "in", tmp_path / "out", V, {}, validation_fraction=0)
+  manifest = import_files(tmp_path / "in", tmp_path / "out", V, {}, validation_fraction=0)
+  assert manifest["notes"] == {"response_with_eos": 14} and not manifest["rejected"]
+  (warning,) = [r.getMessage() for r in caplog.records if "eos" in r.getMessage()]
+  assert "14 responses include eos" in warning
   by_key = {s.key: s for s in read(tmp_path / "out")}
-  assert len(by_key) == 140
+  assert len(by_key) == 196
   for item in items:
     sample = by_key[item["id"]]
     np.testing.assert_array_equal(sample.tokens, item["discrete_code"])
@@ -119,7 +133,7 @@ def test_weights_are_those_of_the_released_code(tmp_path):
 
 
 def test_round_trip_through_shards_and_a_second_import(tmp_path):
-  items = records(60)
+  items = records(32) + odd_records(28)
   for name, part in (("a", items[:25]), ("b", items[25:])):
     write_jsonl(tmp_path / f"in/{name}.jsonl", part)
   import_files(tmp_path / "in", tmp_path / "out", V, {}, validation_fraction=0)
@@ -130,9 +144,11 @@ def test_round_trip_through_shards_and_a_second_import(tmp_path):
   lines = [json.loads(line) for f in files for line in f.read_text().splitlines()]
 
   def said(items):
-    return {x["id"]: (x["discrete_code"], x["task"], len(x["response"])) for x in items}
+    return {
+      x["id"]: (x["discrete_code"], x["task"], len(x.get("response", []) or [])) for x in items
+    }
 
-  assert said(lines) == said(items)
+  assert said(lines) == said(items) and all(isinstance(x["response"], list) for x in lines)
   import_files(tmp_path / "again", tmp_path / "second", V, {}, validation_fraction=0)
   for a, b in zip(read(tmp_path / "out"), read(tmp_path / "second"), strict=True):
     assert (a.key, a.task, a.response_start) == (b.key, b.task, b.response_start)
@@ -168,7 +184,7 @@ BAD = {
     GOOD | {"id": ["a"]},
     GOOD | {"id": "\ud800"},
   ],
-  "missing_field": [{k: v for k, v in GOOD.items() if k != f} for f in GOOD if f != "id"],
+  "missing_field": [{k: v for k, v in GOOD.items() if k != f} for f in ("discrete_code", "task")],
   "unknown_task": [GOOD | {"task": "dialogue"}, GOOD | {"task": ""}],
   "empty": [GOOD | {"discrete_code": []}],
   "too_long": [GOOD | {"discrete_code": [0] + [20_000] * 1298 + [2]}],
@@ -177,8 +193,6 @@ BAD = {
     GOOD | {"discrete_code": [0, -1, 2], "response": [5]},
     GOOD | {"discrete_code": [0, 10**30, 2], "response": [5]},
   ],
-  "empty_response": [GOOD | {"response": []}],
-  "response_with_eos": [GOOD | {"response": [20_000, 2]}],
   "response_too_long": [GOOD | {"discrete_code": [0, 7, 8, 2], "response": [0, 7, 8]}],
 }
 
@@ -193,14 +207,14 @@ def test_every_bad_line_is_named_with_its_reason_and_counted(tmp_path):
   lines += [json.dumps(item) for item in [*records(5), longest]]
   (tmp_path / "in").mkdir()
   (tmp_path / "in" / name).write_bytes("\n".join(lines).encode(errors="surrogateescape"))
-  with pytest.raises(ValueError, match="23 of 30 lines are wrong .*not_json 3.*max_bad_fraction"):
+  with pytest.raises(ValueError, match="20 of 27 lines are wrong .*not_json 3.*max_bad_fraction"):
     import_files(tmp_path / "in", tmp_path / "out", V, {})
   assert not (tmp_path / "out").exists()
   manifest = import_files(tmp_path / "in", tmp_path / "out", V, {}, max_bad_fraction=0.9)
   report = [json.loads(x) for x in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
   assert [(r["where"], r["reason"]) for r in report] == want and all(r["message"] for r in report)
   assert manifest["rejected"] == {reason: len(cases) for reason, cases in BAD.items()}
-  assert manifest["input_files"] == {name: {"lines": 30, "samples": 6}}
+  assert manifest["input_files"] == {name: {"lines": 27, "samples": 6}}
   keys = {s.key for split in ("train", "validation") for s in read(tmp_path / "out", split)}
   assert keys == {"longest", *(f"item/{i}" for i in range(5))}
   assert not (tmp_path / "out.parts").exists()
@@ -283,6 +297,22 @@ def test_labels_of_several_turns_are_kept_and_packed(tmp_path):
   assert seen > 5
   with pytest.raises(ValueError, match="has task dialogue"):
     export_split(tmp_path / "out", "train", tmp_path / "jsonl")
+
+
+def test_samples_without_a_response_are_packed(tmp_path):
+  items = [x for x in odd_records(56) if not x.get("response")]
+  write_jsonl(tmp_path / "a.jsonl", items)
+  import_files(tmp_path / "a.jsonl", tmp_path / "out", V, {}, validation_fraction=0)
+  samples = read(tmp_path / "out")
+  assert len(samples) == 42 and all(s.response_start == len(s.tokens) for s in samples)
+  plain = DataConfig(str(tmp_path / "out"), sequence_length=200)
+  noisy = dataclasses.replace(plain, drop_prompt=0.99, code_noise=0.99)
+  a, b = (next(make_train_iterator(c, V, batch_size=4)) for c in (plain, noisy))
+  for field in dataclasses.fields(a):
+    np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name))
+  inside = a.segment_ids[:, 1:] == a.segment_ids[:, :-1]
+  want = np.where(inside & (a.segment_ids[:, 1:] > 0), 1.0, 0.0)
+  np.testing.assert_array_equal(a.loss_weights[:, :-1], want)
 
 
 def test_names_of_samples_are_stable_and_unique(tmp_path):

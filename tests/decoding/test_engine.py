@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -70,7 +71,22 @@ def test_a_cache_that_grows_changes_nothing(decoder, monkeypatch, guidance):
   engine = Engine(decoder, VOCABULARY, samplers={"image": Sampler(guidance=guidance)})
   whole = list(engine.stream(PROMPTS, TASKS, max_new_tokens=90, chunk=20))
   monkeypatch.setattr(engine_lib, "_FIRST_ROOM", 16)
+  grow, lengthen, alive, old = engine_lib._grow, engine_lib._lengthen, [], []
+
+  def watched_grow(progress, cache_length):
+    old[:] = jax.tree.leaves(progress.cache)
+    return grow(progress, cache_length)
+
+  def watched_lengthen(array, cache_length):
+    alive.append(sum(not x.is_deleted() for x in old))
+    return lengthen(array, cache_length)
+
+  monkeypatch.setattr(engine_lib, "_grow", watched_grow)
+  monkeypatch.setattr(engine_lib, "_lengthen", watched_lengthen)
   grown = list(engine.stream(PROMPTS, TASKS, max_new_tokens=90, chunk=20))
+  arrays = 2 * decoder.config.num_layers  # the old ones go one by one, so two caches never exist
+  assert alive and alive == list(range(arrays, 0, -1)) * (len(alive) // arrays)
+  assert all(x.is_deleted() for x in old)
   assert len(whole) == len(grown) == 5
   for a, b in zip(sum(whole, []), sum(grown, []), strict=True):
     np.testing.assert_array_equal(a, b)
