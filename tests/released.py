@@ -2,12 +2,14 @@
 
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import tokenizers
 from safetensors.numpy import save_file
 
-from aromni_jax.convert import decoder_names
+from aromni_jax.codecs.params import put
+from aromni_jax.convert import decoder_names, decoders
 from aromni_jax.models.config import DecoderConfig
 from tests import parity
 
@@ -191,9 +193,11 @@ def stacked(tensors, layout, config):
   params = {}
   for path, names in decoder_names.names(layout, config.num_layers).items():
     parts = [decoder_names.from_released(tensors[n], path, layout, config) for n in names]
-    *parents, leaf = path.split(".")
-    node = params
-    for key in parents:
-      node = node.setdefault(key, {})
-    node[leaf] = np.stack(parts) if path.startswith("layers.") else parts[0]
+    put(params, path.split("."), np.stack(parts) if path.startswith("layers.") else parts[0])
   return params
+
+
+def read_all(found):
+  """Our nested dicts of a decoder in files, through what a conversion writes."""
+  params, _ = decoders.leaves(found)
+  return jax.tree.map(lambda leaf: np.concatenate([piece() for piece in leaf.pieces]), params)

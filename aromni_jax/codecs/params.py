@@ -1,7 +1,7 @@
 """Codec parameters as nested dicts of arrays, the form in which they are stored and converted."""
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,16 @@ def state_to_params(state: nnx.State) -> dict:
   """Returns a state of parameters as nested dicts, all keys strings."""
   params: dict = {}
   for path, variable in nnx.to_flat_state(state):
-    node = params
-    for key in path[:-1]:
-      node = node.setdefault(str(key), {})
-    node[str(path[-1])] = variable.get_value()
+    put(params, [str(key) for key in path], variable.get_value())
   return params
+
+
+def put(params: dict, path: Sequence[str], leaf: Any) -> None:
+  """Puts a leaf into nested dicts, making those that are missing."""
+  *parents, last = path
+  for key in parents:
+    params = params.setdefault(key, {})
+  params[last] = leaf
 
 
 def from_params(make: Callable[[nnx.Rngs], Module], params: dict, name: str) -> Module:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from aromni_jax.checkpoint import Streamed
+from aromni_jax.codecs.params import put
 from aromni_jax.convert import decoder_names, sources
 from aromni_jax.convert.sources import Tensors
 from aromni_jax.models.config import DecoderConfig
@@ -110,22 +111,11 @@ def leaves(decoder: ReleasedDecoder) -> tuple[dict, dict[str, str]]:
     stacked = path.startswith("layers.")
     pieces = tuple(_piece(decoder, name, path, stacked) for name in names)
     shape = _our_shape(path, decoder)
-    node = params
-    *parents, leaf = path.split(".")
-    for key in parents:
-      node = node.setdefault(key, {})
-    node[leaf] = Streamed((len(names), *shape) if stacked else shape, first.dtype, pieces)
+    shape = (len(names), *shape) if stacked else shape
+    put(params, path.split("."), Streamed(shape, first.dtype, pieces))
     for i, name in enumerate(names):
       mapping[name] = f"{path}[{i}]" if stacked else path
   return params, mapping
-
-
-def read_all(decoder: ReleasedDecoder) -> dict:
-  """Returns the parameters as nested dicts of arrays, for models that fit into memory."""
-  import jax
-
-  params, _ = leaves(decoder)
-  return jax.tree.map(lambda leaf: np.concatenate([piece() for piece in leaf.pieces]), params)
 
 
 def _our_shape(path: str, decoder: ReleasedDecoder) -> tuple[int, ...]:
@@ -153,14 +143,9 @@ def _find_file(source: pathlib.Path, layout: str | None) -> pathlib.Path:
   names = names[layout] if layout else _HF_FILES + _NATIVE_FILES
   # Of one family in one folder the first counts, safetensors before pickles.
   families = [family for family in (_HF_FILES, _NATIVE_FILES) if family[0] in names]
-  found = [
-    file
-    for folder in _FOLDERS
-    for family in families
-    for file in [source / folder / name for name in family if (source / folder / name).is_file()][
-      :1
-    ]
-  ]
+  places = [[source / folder / name for name in f] for folder in _FOLDERS for f in families]
+  firsts = [next(filter(pathlib.Path.is_file, files), None) for files in places]
+  found = [file for file in firsts if file is not None]
   parts = [p for folder in _FOLDERS for p in (source / folder).glob("consolidated.0*.pth")]
   if not found and parts:
     raise ValueError(

@@ -21,7 +21,7 @@ from aromni_jax.codecs import image_vq
 from aromni_jax.codecs import params as codec_params
 from aromni_jax.convert import decoder_names, image_vq_names, sources
 from aromni_jax.convert.decoders import VQ_PREFIX
-from aromni_jax.convert.importer import check_empty, check_room, progress
+from aromni_jax.convert.importer import check_empty, check_room, progress, whole
 from aromni_jax.convert.logits import hf_config
 from aromni_jax.models.config import DecoderConfig
 
@@ -71,11 +71,8 @@ def export(model: str | pathlib.Path, out: str | pathlib.Path, layout: str) -> N
     tensors += _vq_tensors(model, codec)
   total = sum(_nbytes(tensor) for tensor in tensors)
   check_room(out, total)
-  partial = out.with_name(out.name + ".partial")
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
   logging.info("Writing layout %s, %.2f GB.", layout, total / 1e9)
-  try:
+  with whole(out) as partial:
     if layout == "A":
       _write_native(partial, tensors, config, progress(total))
     else:
@@ -83,12 +80,6 @@ def export(model: str | pathlib.Path, out: str | pathlib.Path, layout: str) -> N
     if layout != "C":
       _write_pickles(partial, model, codec, layout)
     _write_tokenizer(partial, model, layout)
-    if out.exists():
-      out.rmdir()
-    partial.rename(out)
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise
 
 
 def _decoder_tensors(arrays: StoredArrays, config: DecoderConfig, layout: str) -> Iterator[_TENSOR]:

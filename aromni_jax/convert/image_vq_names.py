@@ -3,6 +3,8 @@
 import jax
 import numpy as np
 
+from aromni_jax.codecs.params import put
+
 _TORCH_LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -33,10 +35,7 @@ def from_torch(tensors: dict[str, np.ndarray]) -> dict:
         f"image codec tensor {name!r} has shape {tensor.shape}; expected a convolution of rank 4 "
         "or a norm of rank 1. Is this a VQGAN checkpoint?"
       )
-    node = params
-    for key in path:
-      node = node.setdefault(key, {})
-    node[leaf] = tensor
+    put(params, [*path, leaf], tensor)
   return params
 
 

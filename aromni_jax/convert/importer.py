@@ -1,11 +1,12 @@
 """Released files -> a model directory, tensor by tensor, with a certificate beside it."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -79,8 +80,6 @@ def convert(given: Sources, out: str | pathlib.Path, *, recipe: str = "released"
   params, mapping = decoders.leaves(decoder)
   total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
   check_room(out, total)
-  partial = out.with_name(out.name + ".partial")
-  shutil.rmtree(partial, ignore_errors=True)
   certificate = {
     "aromni_jax": __version__,
     "layout": decoder.layout,
@@ -97,7 +96,7 @@ def convert(given: Sources, out: str | pathlib.Path, *, recipe: str = "released"
     "skipped": dict(decoder.skipped),
   }
   files = {*decoder.files, tokenizer, *(t.file for t in decoder.tensors.values())}
-  try:
+  with whole(out) as partial:
     model_dir.create(partial, vocabulary, recipe)
     shutil.copy(tokenizer, partial / "tokenizer.json")
     files |= _convert_codecs(given, decoder, vocabulary, partial, certificate)
@@ -119,12 +118,6 @@ def convert(given: Sources, out: str | pathlib.Path, *, recipe: str = "released"
       for f in sorted(files)
     }
     (partial / CERTIFICATE).write_text(json.dumps(certificate, indent=1) + "\n")
-    if out.exists():
-      out.rmdir()  # empty, or this fails
-    partial.rename(out)
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise
   return certificate
 
 
@@ -216,6 +209,23 @@ def _look_for(folder: pathlib.Path, patterns: tuple[str, ...]) -> pathlib.Path |
     if found:
       return found[0]
   return None
+
+
+@contextlib.contextmanager
+def whole(out: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Gives the folder `OUT.partial` to fill; it becomes `out`, new or empty, or is removed if
+  anything fails."""
+  partial = out.with_name(out.name + ".partial")
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
+  try:
+    yield partial
+    if out.exists():
+      out.rmdir()  # empty, or this fails
+    partial.rename(out)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
 
 
 def check_empty(out: pathlib.Path) -> None:

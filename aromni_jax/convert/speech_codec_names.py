@@ -4,6 +4,8 @@ import re
 
 import numpy as np
 
+from aromni_jax.codecs.params import put
+
 _ENCODER = "feature_extractor.encodec.encoder.model."
 _CODEBOOK = "feature_extractor.encodec.quantizer.vq.layers.0._codebook."
 # In the checkpoint but not in the function: SEANet's decoder, averages of the codebook, the window
@@ -39,11 +41,8 @@ def from_torch(tensors: dict[str, np.ndarray]) -> dict:
   params: dict = {}
   for name, tensor in tensors.items():
     path = _rename(name, max(indices, default=0))
-    *parents, leaf = path.split(".")
-    node = params
-    for key in parents:
-      node = node.setdefault(key, {})
-    node[leaf] = _transpose(leaf, name, tensor)
+    keys = path.split(".")
+    put(params, keys, _transpose(keys[-1], name, tensor))
   return params
 
 

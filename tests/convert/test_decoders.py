@@ -21,7 +21,7 @@ def load(source, layout=None):
   """Our decoder in float32, of files."""
   found = decoders.find_decoder(source, layout)
   config = dataclasses.replace(found.config, dtype="float32", param_dtype="float32")
-  params = jax.tree.map(lambda x: np.asarray(x, np.float32), decoders.read_all(found))
+  params = jax.tree.map(lambda x: np.asarray(x, np.float32), released.read_all(found))
   return codec_params.from_params(lambda rngs: Decoder(config, rngs=rngs), params, "decoder")
 
 
@@ -63,7 +63,7 @@ def test_layouts_are_recognised_and_agree(tmp_path):
   found = {name: decoders.find_decoder(tmp_path / name) for name in "ABC"}
   assert {name: f.layout for name, f in found.items()} == {"A": "A", "B": "B", "C": "C"}
   assert found["A"].config == found["B"].config == found["C"].config
-  params = [decoders.read_all(f) for f in found.values()]
+  params = [released.read_all(f) for f in found.values()]
   jax.tree.map(np.testing.assert_array_equal, *params[:2])
   jax.tree.map(np.testing.assert_array_equal, *params[1:])
 
@@ -82,9 +82,9 @@ def test_pytorch_bin_and_fused_native_tensors_are_read(tmp_path):
       native[f"layers.{i}.{fused}.weight"] = np.concatenate([native.pop(n) for n in names])
   (tmp_path / "fused").mkdir()
   torch.save(released.to_torch(native), tmp_path / "fused/consolidated.pth")
-  expected = decoders.read_all(decoders.find_decoder(tmp_path / "B"))
+  expected = released.read_all(decoders.find_decoder(tmp_path / "B"))
   for folder in ("bin", "fused"):
-    found = decoders.read_all(decoders.find_decoder(tmp_path / folder, swin_norm=False))
+    found = released.read_all(decoders.find_decoder(tmp_path / folder, swin_norm=False))
     jax.tree.map(np.testing.assert_array_equal, expected, found)
 
 
@@ -107,7 +107,7 @@ def test_heads_whose_norms_differ_stay_apart(tmp_path):
     decoders.find_decoder(tmp_path)
   found = decoders.find_decoder(tmp_path, swin_norm=False)
   assert found.config.per_head_norm
-  norm = decoders.read_all(found)["layers"]["attention"]["q_norm"]["scale"]
+  norm = released.read_all(found)["layers"]["attention"]["q_norm"]["scale"]
   np.testing.assert_array_equal(norm[1], tensors[name])
   with pytest.raises(ValueError, match="q_norm.scale differs between heads, and layout B has one"):
     decoder_names.to_released(norm[1], "layers.attention.q_norm.scale", "B", found.config)

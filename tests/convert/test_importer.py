@@ -38,7 +38,7 @@ def test_the_model_directory_holds_all_parts(root, model):
   assert loaded.speech_codec.config.num_codes == 4096
   found = decoders.find_decoder(root)
   ours = nnx.to_pure_dict(nnx.state(loaded.decoder))
-  jax.tree.map(np.testing.assert_array_equal, decoders.read_all(found), ours)
+  jax.tree.map(np.testing.assert_array_equal, released.read_all(found), ours)
   pixels = np.zeros((1, 64, 64, 3), np.float32)
   assert model_dir.encode_images(loaded.image_codec, pixels, 1).shape == (1, 1024)
 
