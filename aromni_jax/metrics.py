@@ -9,26 +9,13 @@ import jax
 import numpy as np
 import tensorboardX
 
-# Peak bfloat16 FLOPs per second of a chip, from the makers' data sheets.
-_PEAK_FLOPS = {
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5": 459e12,
-  "TPU v5p": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
-  "NVIDIA A100": 312e12,
-  "NVIDIA H100": 989e12,
-  "NVIDIA H200": 989e12,
-}
+from aromni_jax import hardware
 
 
 def peak_flops() -> float | None:
   """Returns the peak FLOPs per second of all devices, or None where no data sheet says so."""
-  kind = jax.devices()[0].device_kind
-  matches = [name for name in _PEAK_FLOPS if kind.startswith(name)]
-  return _PEAK_FLOPS[max(matches, key=len)] * jax.device_count() if matches else None
+  chip = hardware.chip_of(jax.devices()[0].device_kind)
+  return chip.peak_flops * jax.device_count() if chip else None
 
 
 class Writer:
