@@ -122,7 +122,7 @@ def parse_topology(name: str) -> Topology:
   if slices < 1:
     raise ValueError(f"topology {name!r} has no slices")
   if chip.platform == "gpu":
-    if len(shape) != 1 or not 1 <= shape[0]:
+    if len(shape) != 1 or shape[0] < 1:
       raise ValueError(f"topology {name!r}; GPUs are counted, e.g. {chip.name}:8")
     if shape[0] > chip.chips_per_host:
       if shape[0] % chip.chips_per_host or slices > 1:
