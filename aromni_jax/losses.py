@@ -6,9 +6,12 @@ every difference is a field of `LossConfig`, and `recipe` sets them all.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+
+from aromni_jax.sharding import gather, on_devices, scatter, shard
 
 Array = jax.Array
 Sum = tuple[Array, Array]
@@ -28,7 +31,7 @@ class LossConfig:
     normaliser: "tokens" divides by the number of targets (paper), "weights" by the sum of their
       weights (released).
     z_loss_weight: weight of log(Z)^2; 0 leaves it out.
-    block_size: positions whose logits exist at once; 0 means all.
+    vocab_block: ids whose logits exist at once; 0 means all.
   """
 
   perceptual_weight: float = 0.1
@@ -38,7 +41,7 @@ class LossConfig:
   train_projection: bool = True
   normaliser: str = "tokens"
   z_loss_weight: float = 0.0
-  block_size: int = 0
+  vocab_block: int = 0
 
   def __post_init__(self):
     object.__setattr__(self, "perceptual_tasks", tuple(self.perceptual_tasks))
@@ -64,62 +67,113 @@ RECIPES = {
 }
 
 
-def token_losses(hidden: Array, head: Array, targets: Array, block_size: int = 0) -> Sum:
+def token_losses(hidden: Array, head: Array, targets: Array, vocab_block: int = 0) -> Sum:
   """Returns the negative log likelihood of every target and log(Z), both float32[B, T].
 
-  The head is applied in blocks of positions and again in the backward pass, so that the logits
-  [B, T, V] never exist at once.
+  The head is applied in blocks of the vocabulary, and again in the backward pass, so that the
+  logits [B, T, V] never exist at once. A head that is split over devices is gathered block by
+  block too, never as a whole, and its gradient is scattered block by block.
 
   Args:
     hidden: [B, T, D] final hidden states.
     head: [D, V].
     targets: int32[B, T].
-    block_size: positions per block; 0 is one block, whose logits are kept for the backward pass.
+    vocab_block: ids per block; 0 is one block, whose logits are kept for the backward pass.
 
   Raises:
-    ValueError: if T is not a multiple of the block size.
+    ValueError: if the blocks do not divide the vocabulary as it is split.
   """
-  if not block_size or block_size >= hidden.shape[1]:
-    return _block_losses(hidden, head, targets)
-  batch, length, dim = hidden.shape
-  if length % block_size:
+  if not vocab_block or vocab_block >= head.shape[1]:
+    head = head.astype(hidden.dtype)
+    logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], log_z
+  return _blocked_losses(hidden, head, targets, vocab_block)
+
+
+_HIDDEN, _HEAD = ("act_batch", "act_length", "act_embed"), ("embed", "vocab")
+_TOKENS = ("act_batch", "act_length")
+
+
+def _head_blocks(head: Array, size: int) -> tuple[Array, Array]:
+  """Returns this device's part of the head in blocks [K, D, W], and the first id of each."""
+  dim, count = head.shape
+  if count % size:
     raise ValueError(
-      f"loss.block_size {block_size} does not divide the sequence length {length}; "
-      "choose a divisor or 0"
+      f"loss.vocab_block {size} does not divide the {count} ids of the vocabulary that a device "
+      "has; choose a divisor or 0"
     )
-  blocks = length // block_size
-  xs = (
-    hidden.reshape(batch, blocks, block_size, dim).swapaxes(0, 1),
-    targets.reshape(batch, blocks, block_size).swapaxes(0, 1),
-  )
-
-  @jax.checkpoint
-  def body(_, x):
-    return None, _block_losses(x[0], head, x[1])
-
-  _, out = jax.lax.scan(body, None, xs)
-  nll, log_z = (x.swapaxes(0, 1).reshape(batch, length) for x in out)
-  return nll, log_z
+  blocks = head.reshape(dim, count // size, size).transpose(1, 0, 2)
+  first = jax.lax.axis_index("tensor") * count
+  return blocks, first + jnp.arange(0, count, size, dtype=jnp.int32)
 
 
-def _block_losses(hidden: Array, head: Array, targets: Array) -> Sum:
-  head = head.astype(hidden.dtype)
-  logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
-  log_z = jax.nn.logsumexp(logits, axis=-1)
-  chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  return log_z - chosen, log_z
+def _block_logits(hidden: Array, block: Array, start: Array, targets: Array):
+  """Returns the gathered block, the logits float32[B, T, W] and where they are the targets'."""
+  block = gather(block.astype(hidden.dtype), "embed", "vocab")
+  logits = jnp.einsum("btd,dw->btw", hidden, block, preferred_element_type=jnp.float32)
+  return block, logits, start + jnp.arange(block.shape[1]) == targets[..., None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _blocked_losses(hidden: Array, head: Array, targets: Array, size: int) -> Sum:
+  def local(hidden, head, targets):
+    def body(carry, scanned):
+      largest, total, chosen = carry
+      _, logits, is_target = _block_logits(hidden, *scanned, targets)
+      new = jnp.maximum(largest, logits.max(-1))
+      total = total * jnp.exp(largest - new) + jnp.exp(logits - new[..., None]).sum(-1)
+      return (new, total, chosen + jnp.where(is_target, logits, 0.0).sum(-1)), None
+
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    start = zeros - jnp.inf, zeros, zeros
+    (largest, total, chosen), _ = jax.lax.scan(body, start, _head_blocks(head, size))
+    new = jax.lax.pmax(largest, "tensor")
+    total = jax.lax.psum(total * jnp.exp(largest - new), "tensor")
+    log_z = new + jnp.log(total)
+    return log_z - jax.lax.psum(chosen, "tensor"), log_z
+
+  return on_devices(local, (_HIDDEN, _HEAD, _TOKENS), (_TOKENS, _TOKENS))(hidden, head, targets)
+
+
+def _blocked_losses_forward(hidden, head, targets, size):
+  nll, log_z = _blocked_losses(hidden, head, targets, size)
+  return (nll, log_z), (hidden, head, targets, log_z)
+
+
+def _blocked_losses_backward(size, saved, cotangents):
+  def local(hidden, head, targets, log_z, d_nll, d_log_z):
+    def body(d_hidden, scanned):
+      block, logits, is_target = _block_logits(hidden, *scanned, targets)
+      d_logits = (d_nll + d_log_z)[..., None] * jnp.exp(logits - log_z[..., None])
+      d_logits -= jnp.where(is_target, d_nll[..., None], 0.0)
+      d_logits = d_logits.astype(hidden.dtype)
+      d_hidden += jnp.einsum("btw,dw->btd", d_logits, block, preferred_element_type=jnp.float32)
+      return d_hidden, scatter(jnp.einsum("btd,btw->dw", hidden, d_logits), "embed", "vocab")
+
+    zeros = jnp.zeros(hidden.shape, jnp.float32)
+    d_hidden, d_blocks = jax.lax.scan(body, zeros, _head_blocks(head, size))
+    d_head = d_blocks.transpose(1, 0, 2).reshape(head.shape).astype(head.dtype)
+    return jax.lax.psum(d_hidden, "tensor").astype(hidden.dtype), d_head
+
+  in_names = (_HIDDEN, _HEAD, _TOKENS, _TOKENS, _TOKENS, _TOKENS)
+  d_hidden, d_head = on_devices(local, in_names, (_HIDDEN, _HEAD))(*saved, *cotangents)
+  return d_hidden, d_head, None
+
+
+_blocked_losses.defvjp(_blocked_losses_forward, _blocked_losses_backward)
 
 
 def weighted_next_token(
-  hidden: Array, head: Array, targets: Array, weights: Array, block_size: int = 0
+  hidden: Array, head: Array, targets: Array, weights: Array, vocab_block: int = 0
 ) -> Sum:
   """Returns (sum of weight * nll, sum of weights) over all positions.
 
   Args:
-    hidden, head, targets, block_size: as in `token_losses`.
+    hidden, head, targets, vocab_block: as in `token_losses`.
     weights: float32[B, T], 0 where nothing is to be predicted.
   """
-  nll, _ = token_losses(hidden, head, targets, block_size)
+  nll, _ = token_losses(hidden, head, targets, vocab_block)
   return jnp.sum(weights * nll), jnp.sum(weights)
 
 
@@ -146,9 +200,9 @@ def perceptual(
     mask: bool[B, T].
     distance: "squared_l2" or "mse", see `LossConfig`.
   """
-  table = jax.lax.stop_gradient(table)
+  table = shard(jax.lax.stop_gradient(table), None, None)
   wanted = table[jnp.where(mask, codes, 0)]
-  kernel, bias = (projection[k].astype(jnp.float32) for k in ("kernel", "bias"))
+  kernel, bias = (projection[k][...].astype(jnp.float32) for k in ("kernel", "bias"))
   error = (hidden.astype(jnp.float32) @ kernel + bias - wanted) ** 2
   error = error.sum(-1) if distance == "squared_l2" else error.mean(-1)
   return jnp.sum(jnp.where(mask, error, 0.0)), jnp.sum(mask.astype(jnp.float32))

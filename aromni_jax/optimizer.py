@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
@@ -21,6 +22,7 @@ class OptimizerConfig:
   warmup_steps: steps of linear warm-up.
   final_ratio: last rate as a share of the peak.
   b1, b2, epsilon: Adam's; Muon's momentum is 0.95.
+  mu_dtype: storage type of Adam's first moment.
   weight_decay: decoupled decay of matrices; embeddings, norms and biases have none.
   clip_norm: largest global norm of the gradient; 0 never clips.
   """
@@ -33,6 +35,7 @@ class OptimizerConfig:
   b1: float = 0.9
   b2: float = 0.95
   epsilon: float = 1e-8
+  mu_dtype: str = "float32"
   weight_decay: float = 0.0
   clip_norm: float = 1.0
 
@@ -41,6 +44,8 @@ class OptimizerConfig:
       raise ValueError(f"optimizer.name {self.name!r}; expected adam or muon")
     if self.schedule not in ("cosine", "linear", "constant"):
       raise ValueError(f"optimizer.schedule {self.schedule!r}; expected cosine, linear or constant")
+    if self.mu_dtype not in ("float32", "bfloat16"):
+      raise ValueError(f"optimizer.mu_dtype {self.mu_dtype!r}; expected float32 or bfloat16")
 
 
 def learning_rate(config: OptimizerConfig, step: int, progress: float) -> float:
@@ -61,7 +66,9 @@ def learning_rate(config: OptimizerConfig, step: int, progress: float) -> float:
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
   """Returns the transformation without the rate, which the step multiplies in."""
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-  direction = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
+  direction = optax.scale_by_adam(
+    config.b1, config.b2, config.epsilon, mu_dtype=jnp.dtype(config.mu_dtype)
+  )
   if config.name == "muon":
     direction = _split(_muon(), direction)
   return optax.chain(clip, direction, optax.add_decayed_weights(config.weight_decay, decay_mask))

@@ -4,12 +4,15 @@ Weights and activations name their axes; `RULES` says over which mesh axis each 
 same names serve one device (nothing is split) and a pod.
 """
 
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -26,6 +29,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
   "head_dim": None,
   "norm": None,
   "projection": None,
+  "codes": "fsdp",
   "act_batch": ("data", "fsdp"),
   "act_length": None,
   "act_embed": None,
@@ -36,27 +40,48 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
 }
 
 
+def mesh_sizes(devices: int, data: int = 1, fsdp: int = -1, tensor: int = 1) -> tuple[int, ...]:
+  """Returns the sizes of the mesh axes over a number of devices; one may be -1, "the rest".
+
+  Raises:
+    ValueError: if they do not multiply to the number of devices.
+  """
+  sizes = [data, fsdp, tensor]
+  known = math.prod(s for s in sizes if s != -1)
+  if sizes.count(-1) == 1 and known > 0 and devices % known == 0:
+    sizes[sizes.index(-1)] = devices // known
+  if min(sizes) < 1 or math.prod(sizes) != devices:
+    raise ValueError(
+      f"mesh data={data} fsdp={fsdp} tensor={tensor} does not cover {devices} devices; "
+      "the sizes must multiply to the number of devices, and one of them may be -1"
+    )
+  return tuple(sizes)
+
+
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
   """Returns a mesh over all devices (or the given ones) with axes data, fsdp and tensor.
+
+  Several TPU slices lie along data, so that only it crosses the network between them.
 
   Args:
     data, fsdp, tensor: sizes; one of them may be -1, "the rest".
     devices: devices to use; all by default.
 
   Raises:
-    ValueError: if the sizes do not multiply to the number of devices.
+    ValueError: if the sizes do not multiply to the number of devices, or data is not a multiple of
+      the number of slices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = [data, fsdp, tensor]
-  known = int(np.prod([s for s in sizes if s != -1]))
-  if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
-    sizes[sizes.index(-1)] = len(devices) // known
-  if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
-    raise ValueError(
-      f"mesh data={data} fsdp={fsdp} tensor={tensor} does not cover {len(devices)} devices; "
-      "the sizes must multiply to the number of devices, and one of them may be -1"
-    )
-  return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  sizes = mesh_sizes(len(devices), data, fsdp, tensor)
+  types = (AxisType.Auto,) * 3
+  slices = len({getattr(d, "slice_index", 0) for d in devices})
+  if slices == 1:
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+  if sizes[0] % slices:
+    raise ValueError(f"mesh.data {sizes[0]} is not a multiple of the {slices} slices")
+  within = (sizes[0] // slices, *sizes[1:])
+  array = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices)
+  return Mesh(array, MESH_AXES, axis_types=types)
 
 
 def spec(*names: str | None) -> PartitionSpec:
@@ -75,6 +100,101 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
   if mesh.empty or mesh.size == 1:
     return x
   return jax.lax.with_sharding_constraint(x, spec(*names))
+
+
+def _axes(name: str | None) -> tuple[str, ...]:
+  """Mesh axes of a logical name."""
+  axes = (RULES[name] if name is not None else None) or ()
+  return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def gather(x: jax.Array, *names: str | None) -> jax.Array:
+  """Inside `jax.shard_map`: gathers a weight over fsdp; over tensor it stays split."""
+  for axis, name in enumerate(names):
+    if "fsdp" in _axes(name):
+      x = jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True)
+  return x
+
+
+def scatter(x: jax.Array, *names: str | None) -> jax.Array:
+  """Inside `jax.shard_map`: sums a weight's gradient over the batch, each device its own part."""
+  for axis, name in enumerate(names):
+    if "fsdp" in _axes(name):
+      x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
+  return jax.lax.psum(x, "data")
+
+
+def on_devices(function: Callable, in_names: Sequence, out_names: Any) -> Callable:
+  """Returns a function of each device's own parts, or of whole arrays where there is one device.
+
+  Args:
+    function: of local arrays; `gather`, `scatter` and `psum` may move data.
+    in_names, out_names: logical names of the axes of each argument and result.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    mesh = make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
+
+  def is_names(x):
+    return isinstance(x, tuple) and all(n is None or isinstance(n, str) for n in x)
+
+  in_specs, out_specs = (
+    jax.tree.map(lambda names: spec(*names), tree, is_leaf=is_names)
+    for tree in (in_names, out_names)
+  )
+  return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: jax.Array, kernel: jax.Array, names: tuple[str, str]) -> jax.Array:
+  """Returns x @ kernel in x's dtype, with the collectives of a split kernel written out.
+
+  The kernel is cast, then gathered over fsdp, for each of the two passes; its gradient is
+  scattered back. Left to the compiler, gradients over 256 TPU chips become all-reduces of whole
+  matrices, with twice the bytes and nothing beside them.
+
+  Args:
+    x: [B, T, in].
+    kernel: [in, out].
+    names: logical names of the kernel's axes.
+  """
+  return _product_forward(x, kernel, names)[0]
+
+
+_INPUT = {"embed": "act_embed", "heads": "act_heads", "kv_heads": "act_kv_heads", "mlp": "act_mlp"}
+
+
+def _product_names(names):
+  rows = ("act_batch", "act_length")
+  return (*rows, _INPUT[names[0]]), (*rows, _INPUT[names[1]])
+
+
+def _sum_over_tensor(x: jax.Array, name: str) -> jax.Array:
+  return jax.lax.psum(x, "tensor") if "tensor" in _axes(name) else x
+
+
+def _product_forward(x, kernel, names):
+  x_names, y_names = _product_names(names)
+
+  def local(x, kernel):
+    y = x @ gather(kernel.astype(x.dtype), *names)
+    return _sum_over_tensor(y, names[0])
+
+  return on_devices(local, (x_names, names), y_names)(x, kernel), (x, kernel)
+
+
+def _product_backward(names, saved, dy):
+  x_names, y_names = _product_names(names)
+
+  def local(x, kernel, dy):
+    dx = jnp.einsum("bto,io->bti", dy, gather(kernel.astype(x.dtype), *names))
+    d_kernel = scatter(jnp.einsum("bti,bto->io", x, dy), *names)
+    return _sum_over_tensor(dx, names[1]), d_kernel.astype(kernel.dtype)
+
+  return on_devices(local, (x_names, names, y_names), (x_names, names))(*saved, dy)
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 def weight(init: nnx.Initializer, *names: str | None) -> nnx.Initializer:
@@ -109,3 +229,8 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of [B, T] batches: rows over data and fsdp."""
   return NamedSharding(mesh, spec("act_batch", "act_length"))
+
+
+def table_sharding(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of the image embeddings [codes, E] of the perceptual loss."""
+  return NamedSharding(mesh, spec("codes", None))

@@ -60,7 +60,9 @@ class _Run:
   def __init__(self, config, workdir, base, mesh):
     self.config, self.workdir, self.base, self.mesh = config, workdir, base, mesh
     image_codec = base.needed("image_codec")
-    self.table = jnp.asarray(model_dir.perceptual_table(base.path, image_codec))
+    table = np.asarray(model_dir.perceptual_table(base.path, image_codec))
+    placement = sharding.table_sharding(mesh)
+    self.table = jax.make_array_from_callback(table.shape, placement, lambda part: table[part])
     optimizer = make_optimizer(config.optimizer)
     abstract = nnx.eval_shape(lambda: decoder_lib.Decoder(config.model, rngs=nnx.Rngs(0)))
     self.step_config = step_lib.StepConfig(

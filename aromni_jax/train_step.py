@@ -95,12 +95,17 @@ def init_state(
   decoder_key, projection_key = jax.random.split(key)
   _, decoder = decoder_lib.init_params(model, decoder_key)
   bound = model.embed_dim**-0.5  # PyTorch's default of a linear layer, as the released code has it
+
+  def uniform(key, shape, *names):
+    init = sharding.weight(
+      lambda *args: jax.random.uniform(*args, minval=-bound, maxval=bound), *names
+    )
+    return nnx.Param(init(key, shape))
+
   kernel_key, bias_key = jax.random.split(projection_key)
   projection = {
-    "kernel": jax.random.uniform(
-      kernel_key, (model.embed_dim, table_dim), minval=-bound, maxval=bound
-    ),
-    "bias": jax.random.uniform(bias_key, (table_dim,), minval=-bound, maxval=bound),
+    "kernel": uniform(kernel_key, (model.embed_dim, table_dim), "embed", "projection"),
+    "bias": uniform(bias_key, (table_dim,), "projection"),
   }
   params = {"decoder": decoder, "projection": projection}
   return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
@@ -202,7 +207,9 @@ def loss_sums(params, batch: Batch, table: Array, config: StepConfig) -> Metrics
   """Returns the sums of all losses over a (micro-)batch, in total, per modality and per task."""
   decoder = nnx.merge(config.graphdef, params["decoder"])
   hidden = decoder(batch.tokens, batch.positions, batch.segment_ids)
-  nll, log_z = losses.token_losses(hidden, decoder.head[...], batch.targets, config.loss.block_size)
+  nll, log_z = losses.token_losses(
+    hidden, decoder.head[...], batch.targets, config.loss.vocab_block
+  )
   sums = {"next_token": jnp.sum(batch.loss_weights * nll)}
   sums["z_loss"], _ = losses.z_loss(log_z, batch.loss_weights)
   if config.loss.perceptual_weight:
@@ -250,14 +257,14 @@ def summarise(sums: Metrics, counts: Metrics, config: LossConfig) -> Metrics:
 def make_train_step(config: StepConfig, mesh: Mesh, shardings: TrainState) -> Callable:
   """Returns the jitted step with pinned shardings and donated state: compiled once."""
   replicated = NamedSharding(mesh, PartitionSpec())
-  rows = sharding.batch_sharding(mesh)
+  rows, table = sharding.batch_sharding(mesh), sharding.table_sharding(mesh)
 
   def step(state, batch, table, rate):
     return train_step(state, batch, table, rate, config=config)
 
   return jax.jit(
     step,
-    in_shardings=(shardings, rows, replicated, replicated),
+    in_shardings=(shardings, rows, table, replicated),
     out_shardings=(shardings, replicated),
     donate_argnums=0,
   )

@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
   m.norm_placement = "pre"  # pre | swin
   m.dtype = "bfloat16"  # of computation
   m.param_dtype = "float32"  # of parameters
-  m.remat_policy = "full"  # none | dots | full: what the backward pass recomputes
+  m.remat_policy = "full"  # full | mlp | norms | none: what the backward pass computes again
   m.scan_layers = True  # one compiled layer in a loop
   m.init_std = 0.02  # standard deviation of initial weights
   m.attention = "auto"  # auto | xla | splash | cudnn
@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
   loss.train_projection = True  # trained (paper) or frozen random (released code)
   loss.normaliser = "tokens"  # tokens (paper) | weights (released code)
   loss.z_loss_weight = 0.0  # keeps logits from drifting
-  loss.block_size = 0  # positions whose logits exist at once; 0 is all
+  loss.vocab_block = 0  # ids whose logits exist at once; 0 is all
 
   c.optimizer = o = ConfigDict()
   o.name = "adam"  # adam | muon (for matrices; the rest by Adam)
@@ -81,6 +81,7 @@ def get_config() -> ConfigDict:
   o.b1 = 0.9  # Adam's first moment
   o.b2 = 0.95  # Adam's second moment
   o.epsilon = 1e-8  # Adam's epsilon
+  o.mu_dtype = "float32"  # of Adam's first moment: float32 | bfloat16
   o.weight_decay = 0.0  # decoupled, of kernels only
   o.clip_norm = 1.0  # largest global gradient norm; 0 never clips
 

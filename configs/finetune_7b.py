@@ -30,7 +30,7 @@ def get_config(argument: str = "paper") -> ConfigDict:
   c.data.long_samples = "drop"
   c.data.loss_weights.prompt = 0.0
   c.data.loss_weights.boosted = 1.0
-  c.loss.block_size = 432  # 65,536 logits of all positions would not fit
+  c.loss.vocab_block = 8192  # 65,536 logits of all positions would not fit
   c.optimizer.learning_rate = 2e-5
   c.optimizer.warmup_steps = 900  # 0.05
   if argument == "released":
@@ -38,7 +38,6 @@ def get_config(argument: str = "paper") -> ConfigDict:
     c.model.norm_placement = "pre"  # an error says so if the checkpoint has the other one
     c.loss.perceptual_tasks = ()  # every picture that is answered with
     c.data.sequence_length = 2048
-    c.loss.block_size = 512
     c.optimizer.b2 = 0.999
     c.optimizer.warmup_steps = 540  # 0.03; the released code counts 5 epochs instead of steps
   return c

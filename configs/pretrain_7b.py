@@ -42,7 +42,7 @@ def get_config(argument: str = "paper") -> ConfigDict:
   c.data.sequence_length = 1300
   c.data.long_samples = "drop"
   c.data.mixture = ConfigDict(_MIXTURE)
-  c.loss.block_size = 260  # 65,536 logits of all positions would not fit
+  c.loss.vocab_block = 8192  # 65,536 logits of all positions would not fit
   c.optimizer.warmup_steps = 7000  # 0.05
   if argument == "released":
     base.released(c)

@@ -21,7 +21,7 @@ def test_every_demo_config_is_whole(argument):
 def test_every_7b_config_is_whole(module, argument):
   config = to_dataclass(TrainConfig, module.get_config(argument).to_dict())
   assert config.model.num_params() == 7_013_158_912
-  blocks, rest = divmod(config.data.sequence_length, config.loss.block_size)
+  blocks, rest = divmod(config.model.vocab_size, config.loss.vocab_block)
   assert blocks > 1 and rest == 0
   assert config.loss.train_projection == (argument == "paper")
   with pytest.raises(ValueError, match="7b.py:big does not exist; expected one of"):

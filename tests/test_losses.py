@@ -59,11 +59,11 @@ def test_equals_the_released_fine_tuning_loss(reference):
   np.testing.assert_allclose(grad, ref["sft.out.grad_hidden"], atol=1e-5)
 
 
-@pytest.mark.parametrize("block_size", [0, 2, 4])
-def test_blocks_equal_loops(block_size):
+@pytest.mark.parametrize("block", [0, 2, 4])
+def test_blocks_equal_loops(block):
   rng = np.random.default_rng(0)
-  hidden, head = rng.normal(size=(2, 8, 5)), rng.normal(size=(5, 7))
-  targets, weights = rng.integers(0, 7, (2, 8)), rng.random((2, 8))
+  hidden, head = rng.normal(size=(2, 8, 5)), rng.normal(size=(5, 8))
+  targets, weights = rng.integers(0, 8, (2, 8)), rng.random((2, 8))
   want = weight_sum = 0.0
   for b in range(2):
     for t in range(8):
@@ -71,10 +71,10 @@ def test_blocks_equal_loops(block_size):
       want += weights[b, t] * (np.log(np.exp(logits).sum()) - logits[targets[b, t]])
       weight_sum += weights[b, t]
   f32 = [jnp.asarray(x, jnp.float32) for x in (hidden, head)]
-  got = losses.weighted_next_token(*f32, targets, weights.astype(np.float32), block_size)
+  got = losses.weighted_next_token(*f32, targets, weights.astype(np.float32), block)
   np.testing.assert_allclose(got, (want, weight_sum), rtol=1e-5)
   grads = jax.grad(
-    lambda h, w: losses.weighted_next_token(h, w, targets, weights, block_size)[0], (0, 1)
+    lambda h, w: losses.weighted_next_token(h, w, targets, weights, block)[0], (0, 1)
   )
   whole = jax.grad(lambda h, w: losses.weighted_next_token(h, w, targets, weights)[0], (0, 1))
   for a, b in zip(grads(*f32), whole(*f32), strict=True):
@@ -99,5 +99,5 @@ def test_perceptual_equals_loops(distance, scale):
 def test_bad_settings_are_named():
   with pytest.raises(ValueError, match="loss.normaliser 'mean'"):
     losses.LossConfig(normaliser="mean")
-  with pytest.raises(ValueError, match="block_size 3 does not divide"):
-    losses.token_losses(jnp.zeros((1, 8, 2)), jnp.zeros((2, 3)), jnp.zeros((1, 8), int), 3)
+  with pytest.raises(ValueError, match="vocab_block 3 does not divide the 8 ids"):
+    losses.token_losses(jnp.zeros((1, 8, 2)), jnp.zeros((2, 8)), jnp.zeros((1, 8), int), 3)

@@ -120,7 +120,7 @@ def test_accumulation_on_a_mesh(batches, reference):
 
 def test_unrolled_layers_and_blocked_logits_equal_the_rest(batches, reference):
   model = dataclasses.replace(MODEL, scan_layers=False, remat_policy="full")
-  assert_same(reference, run(batches, model=model, loss=dataclasses.replace(LOSS, block_size=64)))
+  assert_same(reference, run(batches, model=model, loss=dataclasses.replace(LOSS, vocab_block=368)))
 
 
 def test_a_frozen_projection_stays_and_is_used(batches):

@@ -4,15 +4,17 @@
 and shape.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from aromni_jax.sharding import on_devices
 
 Array = jax.Array
 
 _MASKED = -1e30
+
+# Name of what a kernel's backward pass needs of its forward pass, see `decoder.REMAT_SAVES`.
+CONTEXT = "context"
 
 
 def attention(
@@ -83,34 +85,47 @@ def _cudnn(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
 def _splash(
   q: Array, k: Array, v: Array, segment_ids: Array | None, *, interpret: bool = False
 ) -> Array:
+  """The kernel on each device's own rows and heads: the compiler cannot split a kernel itself."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 
   heads, kv_heads = q.shape[2], k.shape[2]
   k, v = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (k, v))
-  q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-  run = _splash_kernel(heads, q.shape[2], interpret)
   if segment_ids is None:
-    return jax.vmap(lambda *a: run(*a))(q, k, v).swapaxes(1, 2)
-  ids = kernel.SegmentIds(segment_ids, segment_ids)
-  return jax.vmap(lambda a, b, c, s: run(a, b, c, segment_ids=s))(q, k, v, ids).swapaxes(1, 2)
+    segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
+  q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+
+  def local(q, k, v, ids):
+    run = _splash_kernel(q.shape[1], q.shape[2], interpret)
+    return jax.vmap(lambda q, k, v, ids: run(q, k, v, segment_ids=kernel.SegmentIds(ids, ids)))(
+      q, k, v, ids
+    )
+
+  heads = ("act_batch", "act_heads", "act_length", None)
+  run = on_devices(local, (heads, heads, heads, ("act_batch", "act_length")), heads)
+  return run(q, k, v, segment_ids).swapaxes(1, 2)
 
 
-@functools.lru_cache
 def _splash_kernel(heads: int, length: int, interpret: bool):
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
   mask = masks.MultiHeadMask([masks.CausalMask((length, length)) for _ in range(heads)])
-  with jax.ensure_compile_time_eval():
-    return kernel.make_splash_mha(
-      mask, head_shards=1, q_seq_shards=1, interpret=interpret, block_sizes=_block_sizes(length)
-    )
+  return kernel.make_splash_mha(
+    mask,
+    head_shards=1,
+    q_seq_shards=1,
+    interpret=interpret,
+    block_sizes=_block_sizes(length),
+    residual_checkpoint_name=CONTEXT,
+  )
 
 
 def _block_sizes(length: int):
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 
-  block = int(np.gcd(length, 512))
+  # The largest that divides the length: fewer steps of the kernel. Beyond 512 more of the causal
+  # triangle's upper half is computed than is won.
+  block = max(b for b in range(128, 513, 128) if length % b == 0)
   return kernel.BlockSizes(
     block_q=block,
     block_kv=block,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 _CHOICES = {
   "norm_placement": ("pre", "swin"),
-  "remat_policy": ("none", "dots", "full"),
+  "remat_policy": ("full", "mlp", "norms", "none"),
   "attention": ("auto", "xla", "splash", "cudnn"),
   "dtype": ("float32", "bfloat16"),
   "param_dtype": ("float32", "bfloat16"),
@@ -27,8 +27,9 @@ class DecoderConfig:
       have, or all heads share one, as the released model does.
     norm_placement: "pre", or "swin": norms act on the branches' outputs (AR-Omni section 3).
     dtype, param_dtype: of computation and of parameters.
-    remat_policy: what the backward pass recomputes: "none" nothing, "dots" all but the products
-      with weights, "full" everything but the layers' inputs.
+    remat_policy: what the backward pass computes again of a layer: "full" everything, "mlp" the
+      MLP but its last product, "norms" all but products, "none" nothing. docs/scale.md has the
+      memory and time of each.
     scan_layers: one compiled layer in a loop, or `num_layers` copies of it.
     init_std: standard deviation of the initial weights.
     attention: backend, see `models/attention.py`.

@@ -11,10 +11,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from aromni_jax.models.attention import attention, masked_attention
+from aromni_jax.models.attention import CONTEXT, attention, masked_attention
 from aromni_jax.models.config import DecoderConfig
-from aromni_jax.sharding import RULES, shard, weight
+from aromni_jax.sharding import RULES, product, shard, weight
 
 Array = jax.Array
 
@@ -91,9 +92,10 @@ class Linear(nnx.Module):
   ):
     init = weight(nnx.initializers.normal(std), *names)
     self.kernel = nnx.Param(init(rngs.params(), (c_in, c_out), jnp.dtype(config.param_dtype)))
+    self.names = names
 
   def __call__(self, x: Array) -> Array:
-    return x @ self.kernel[...].astype(x.dtype)
+    return product(x, self.kernel[...], self.names)
 
 
 def rotary_angles(positions: Array, config: DecoderConfig, dtype: jnp.dtype) -> tuple[Array, Array]:
@@ -138,7 +140,7 @@ class Attention(nnx.Module):
       ends = c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim
       q, k, v = jnp.split(self.q(x), ends, axis=-1)
     else:
-      q, k, v = self.q(x), self.k(x), self.v(x)
+      q, k, v = (checkpoint_name(f(x), "qkv") for f in (self.q, self.k, self.v))
     q = q.reshape(batch, length, c.num_heads, c.head_dim)
     k = k.reshape(batch, length, c.num_kv_heads, c.head_dim)
     v = v.reshape(batch, length, c.num_kv_heads, c.head_dim)
@@ -147,6 +149,7 @@ class Attention(nnx.Module):
     v = shard(v, "act_batch", "act_length", "act_kv_heads", None)
     if cache is None:
       out = attention(q, k, v, segment_ids=segment_ids, backend=c.attention)
+      out = checkpoint_name(out, CONTEXT)
     else:
       rows = jnp.arange(batch)[:, None]
       k_all, v_all = (
@@ -155,7 +158,7 @@ class Attention(nnx.Module):
       cache = k_all, v_all
       slots = jnp.arange(k_all.shape[2])
       out = masked_attention(q, k_all, v_all, slots <= positions[..., None])
-    return self.out(out.reshape(batch, length, -1)), cache
+    return checkpoint_name(self.out(out.reshape(batch, length, -1)), "attention_out"), cache
 
 
 class MLP(nnx.Module):
@@ -172,9 +175,9 @@ class MLP(nnx.Module):
     if self.up is None:  # see `unroll`
       gate, up = jnp.split(self.gate(x), 2, axis=-1)
     else:
-      gate, up = self.gate(x), self.up(x)
+      gate, up = (checkpoint_name(f(x), "mlp_in") for f in (self.gate, self.up))
     h = jax.nn.silu(gate) * up
-    return self.down(shard(h, "act_batch", "act_length", "act_mlp"))
+    return checkpoint_name(self.down(shard(h, "act_batch", "act_length", "act_mlp")), "mlp_out")
 
 
 class Layer(nnx.Module):
@@ -198,14 +201,20 @@ class Layer(nnx.Module):
     return x, cache
 
 
+# Remat policy -> names of what a layer keeps for the backward pass besides its input.
+_ATTENTION = ("qkv", CONTEXT, "attention_out")
+REMAT_SAVES = {
+  "full": (),
+  "mlp": (*_ATTENTION, "mlp_out"),
+  "norms": (*_ATTENTION, "mlp_out", "mlp_in"),
+}
+
+
 def _remat(body: Callable, policy: str) -> Callable:
   if policy == "none":
     return body
-  policies = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  }
-  return jax.checkpoint(body, policy=policies[policy], prevent_cse=False)
+  saves = jax.checkpoint_policies.save_only_these_names(*REMAT_SAVES[policy])
+  return jax.checkpoint(body, policy=saves, prevent_cse=False)
 
 
 class Decoder(nnx.Module):

@@ -36,7 +36,7 @@ def tuned(model, tmp_path_factory):
   subprocess.run(command, check=True, capture_output=True)
   c = finetune_7b.get_config("released")
   c.base, c.data.shards = str(model), str(folder / "shards")
-  c.num_steps, c.batch_size, c.data.sequence_length, c.loss.block_size = 2, 8, 64, 32
+  c.num_steps, c.batch_size, c.data.sequence_length = 2, 8, 64
   c.optimizer.warmup_steps, c.optimizer.learning_rate, c.eval_batches = 0, 1e-3, 1
   m, tiny = c.model, released.TINY
   for name in ("embed_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
