@@ -146,7 +146,9 @@ class Attention(nnx.Module):
     k = shard(rotate(self.k_norm(k), *rotary), "act_batch", "act_length", "act_kv_heads", None)
     v = shard(v, "act_batch", "act_length", "act_kv_heads", None)
     if cache is None:
-      out = attention(q, k, v, segment_ids=segment_ids, backend=c.attention)
+      out = attention(
+        q, k, v, segment_ids=segment_ids, max_segments=c.max_segments, backend=c.attention
+      )
     else:
       rows = jnp.arange(batch)[:, None]
       k_all, v_all = (
