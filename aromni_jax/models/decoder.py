@@ -262,8 +262,9 @@ class Decoder(nnx.Module):
         x, _ = jax.lax.scan(body, x, (layers, None))
         return self.norm(x)
     caches = []
-    for i in range(c.num_layers):
-      params = _slice(layers, i) if isinstance(layers, nnx.State) else layers[i]
+    if isinstance(layers, nnx.State):
+      layers = _unstack(layers, c.num_layers)
+    for i, params in enumerate(layers):
       x, layer_cache = body(x, (params, cache and cache.layers[i]))
       caches.append(layer_cache)
     x = self.norm(x)
@@ -281,8 +282,15 @@ class Decoder(nnx.Module):
     return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
 
 
-def _slice(stacked: nnx.State, i: int) -> nnx.State:
-  return jax.tree.map(lambda leaf: leaf[i], stacked)
+def _unstack(stacked: nnx.State, count: int) -> list[nnx.State]:
+  """Returns each layer's parameters. They are split: the gradient of that is one concatenation,
+  where that of slices is a sum of `count` padded stacks."""
+  leaves, treedef = jax.tree_util.tree_flatten(stacked)
+  parts = [jax.lax.split(leaf, (1,) * count) for leaf in leaves]
+  return [
+    jax.tree_util.tree_unflatten(treedef, [part[i].reshape(part[i].shape[1:]) for part in parts])
+    for i in range(count)
+  ]
 
 
 def unroll(decoder: Decoder, *, consume: bool = False) -> Decoder:
