@@ -464,7 +464,7 @@ def release(who: str) -> None:
 # --- profile ------------------------------------------------------------------------------------
 
 _KINDS = (
-  ("attention", ("sdpa", "flash", "fmha", "mha_", "attention")),
+  ("attention", ("sdpa", "flash", "fmha", "attention", "cudnn::fusion")),
   ("products", ("gemm", "nvjet", "cutlass", "xmma", "cublas")),
   ("copies", ("memcpy", "memset", "copy", "dynamic-update", "dynamic_update", "transpose")),
 )
