@@ -17,6 +17,7 @@ def make_chameleon(config: DecoderConfig) -> transformers.ChameleonForConditiona
       num_hidden_layers=config.num_layers,
       num_attention_heads=config.num_heads,
       num_key_value_heads=config.num_kv_heads,
+      swin_norm=config.norm_placement == "swin",
       max_position_embeddings=4096,
       pad_token_id=1,
       eos_token_id=2,

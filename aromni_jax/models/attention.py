@@ -6,15 +6,21 @@ and shape.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from aromni_jax.sharding import on_devices
+from aromni_jax.sharding import on_devices, shard
 
 Array = jax.Array
 
 _MASKED = -1e30
 
-# Name of what a kernel's backward pass needs of its forward pass, see `decoder.REMAT_SAVES`.
+# Name of what the backward pass needs of the forward pass, see `decoder.REMAT_SAVES`.
 CONTEXT = "context"
+
+
+def keep_cudnn(primitive, *_, **__) -> bool:
+  """A remat policy: keeps what cuDNN's forward pass returns, which JAX gives no name."""
+  return primitive.name == "dot_product_attention_fwd_wrapper"
 
 
 def attention(
@@ -23,6 +29,7 @@ def attention(
   v: Array,
   *,
   segment_ids: Array | None = None,
+  max_segments: int = 0,
   backend: str = "auto",
 ) -> Array:
   """Causal attention inside segments.
@@ -32,6 +39,9 @@ def attention(
     k, v: [B, T, K, H]; N is a multiple of K, and query head n sees key head n // (N // K).
     segment_ids: int32[B, T]; positions see earlier positions of their own segment. None is one
       segment.
+    max_segments: no row has more runs of equal ids than this, padding counted, and every segment is
+      one run; 0 promises nothing. The cuDNN backend then skips other segments instead of masking
+      them; a row with more runs has NaN.
     backend: "auto", "xla", "splash" or "cudnn".
 
   Returns:
@@ -42,12 +52,12 @@ def attention(
   if backend == "splash":
     return _splash(q, k, v, segment_ids)
   if backend == "cudnn":
-    return _cudnn(q, k, v, segment_ids)
+    return _cudnn(q, k, v, segment_ids, max_segments)
   length = q.shape[1]
   mask = jnp.tril(jnp.ones((length, length), bool))[None]
   if segment_ids is not None:
     mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
-  return masked_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+  return checkpoint_name(masked_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask), CONTEXT)
 
 
 def masked_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
@@ -75,11 +85,61 @@ def _choose(q: Array) -> str:
   return "xla"
 
 
-def _cudnn(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+def _cudnn(q: Array, k: Array, v: Array, segment_ids: Array | None, max_segments: int) -> Array:
+  if segment_ids is not None and max_segments:
+    return _cudnn_packed(q, k, v, segment_ids, max(max_segments, 2))
   mask = None
   if segment_ids is not None:
     mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
   return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+
+
+def _cudnn_packed(q: Array, k: Array, v: Array, segment_ids: Array, max_segments: int) -> Array:
+  """The kernel for packed rows, which skips other segments. JAX has no public name for it.
+
+  Its backward pass works in 4 * B * max_segments * T * N * H bytes, so the number should be tight.
+  """
+  from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+  offsets, sizes, fits = _runs(segment_ids, max_segments)
+  offsets, sizes = (shard(x, "act_batch", None) for x in (offsets, sizes))  # as q, k and v
+  # NaN where the promise is broken. Of q, since the product fuses with its rotation.
+  q *= jnp.where(fits, 1, jnp.nan).astype(q.dtype)[:, None, None, None]
+  # jax 0.10.2 takes the offsets of k and v for those of q, so they need as many heads.
+  k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+  return dot_product_attention(
+    q,
+    k,
+    v,
+    q_seqlen=sizes,
+    kv_seqlen=sizes,
+    q_offsets=offsets,
+    kv_offsets=offsets,
+    scale=q.shape[-1] ** -0.5,
+    mask_type=MaskType.PADDING_CAUSAL,
+  )
+
+
+def _runs(segment_ids: Array, count: int) -> tuple[Array, Array, Array]:
+  """Returns the runs of equal ids of each row, as cuDNN wants them.
+
+  Args:
+    segment_ids: int32[B, T].
+    count: most runs of a row.
+
+  Returns:
+    First positions int32[B, count + 1] and lengths int32[B, count], -1 for runs that a row does not
+    have; bool[B], whether the row has no more than `count`.
+  """
+  length = segment_ids.shape[1]
+  starts = segment_ids[:, 1:] != segment_ids[:, :-1]
+  starts = jnp.pad(starts, ((0, 0), (1, 0)), constant_values=True)
+  fits = jnp.sum(starts, axis=1) <= count
+  starts = jnp.sort(jnp.where(starts, jnp.arange(length, dtype=jnp.int32), length))
+  starts = jnp.pad(starts, ((0, 0), (0, count + 1)), constant_values=length)[:, : count + 1]
+  sizes = jnp.where(starts[:, :-1] < length, jnp.diff(starts), -1)
+  offsets = jnp.where(starts < length, starts, -1).at[:, -1].set(-1)
+  return offsets, sizes, fits
 
 
 def _splash(

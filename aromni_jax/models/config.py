@@ -33,6 +33,8 @@ class DecoderConfig:
     scan_layers: one compiled layer in a loop, or `num_layers` copies of it.
     init_std: standard deviation of the initial weights.
     attention: backend, see `models/attention.py`.
+    max_segments: no row of a batch has more samples than this, padding counted as one; 0 if that is
+      not known. With it, packed rows are faster on GPUs.
   """
 
   vocab_size: int = 65536
@@ -52,6 +54,7 @@ class DecoderConfig:
   scan_layers: bool = True
   init_std: float = 0.02
   attention: str = "auto"
+  max_segments: int = 0
 
   def __post_init__(self):
     for field, choices in _CHOICES.items():

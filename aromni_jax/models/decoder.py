@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from aromni_jax.models.attention import CONTEXT, attention, masked_attention
+from aromni_jax.models.attention import CONTEXT, attention, keep_cudnn, masked_attention
 from aromni_jax.models.config import DecoderConfig
 from aromni_jax.sharding import RULES, product, shard, weight
 
@@ -148,8 +148,9 @@ class Attention(nnx.Module):
     k = shard(rotate(self.k_norm(k), *rotary), "act_batch", "act_length", "act_kv_heads", None)
     v = shard(v, "act_batch", "act_length", "act_kv_heads", None)
     if cache is None:
-      out = attention(q, k, v, segment_ids=segment_ids, backend=c.attention)
-      out = checkpoint_name(out, CONTEXT)
+      out = attention(
+        q, k, v, segment_ids=segment_ids, max_segments=c.max_segments, backend=c.attention
+      )
     else:
       rows = jnp.arange(batch)[:, None]
       k_all, v_all = (
@@ -214,6 +215,8 @@ def _remat(body: Callable, policy: str) -> Callable:
   if policy == "none":
     return body
   saves = jax.checkpoint_policies.save_only_these_names(*REMAT_SAVES[policy])
+  if CONTEXT in REMAT_SAVES[policy]:
+    saves = jax.checkpoint_policies.save_from_both_policies(saves, keep_cudnn)
   return jax.checkpoint(body, policy=saves, prevent_cse=False)
 
 
@@ -269,8 +272,9 @@ class Decoder(nnx.Module):
         x, _ = jax.lax.scan(body, x, (layers, None))
         return self.norm(x)
     caches = []
-    for i in range(c.num_layers):
-      params = _slice(layers, i) if isinstance(layers, nnx.State) else layers[i]
+    if isinstance(layers, nnx.State):
+      layers = _unstack(layers, c.num_layers)
+    for i, params in enumerate(layers):
       x, layer_cache = body(x, (params, cache and cache.layers[i]))
       caches.append(layer_cache)
     x = self.norm(x)
@@ -288,8 +292,15 @@ class Decoder(nnx.Module):
     return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
 
 
-def _slice(stacked: nnx.State, i: int) -> nnx.State:
-  return jax.tree.map(lambda leaf: leaf[i], stacked)
+def _unstack(stacked: nnx.State, count: int) -> list[nnx.State]:
+  """Returns each layer's parameters. They are split: the gradient of that is one concatenation,
+  where that of slices is a sum of `count` padded stacks."""
+  leaves, treedef = jax.tree_util.tree_flatten(stacked)
+  parts = [jax.lax.split(leaf, (1,) * count) for leaf in leaves]
+  return [
+    jax.tree_util.tree_unflatten(treedef, [part[i].reshape(part[i].shape[1:]) for part in parts])
+    for i in range(count)
+  ]
 
 
 def unroll(decoder: Decoder, *, consume: bool = False) -> Decoder:
