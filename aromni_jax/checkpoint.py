@@ -258,7 +258,9 @@ def _absolute(path: str) -> epath.Path:
 
 
 def _brief(error: Exception) -> str:
-  """Returns what an error says, without TensorStore's long descriptions; the end has the cause."""
+  """Returns what the first error of a chain says, without TensorStore's long descriptions."""
+  while error.__cause__ is not None:
+    error = error.__cause__
   text = f"{type(error).__name__}: {error}".split(" [tensorstore_spec")[0]
   return text if len(text) < 500 else f"{text[:200]} ... {text[-250:]}"
 

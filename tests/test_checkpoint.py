@@ -19,6 +19,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from aromni_jax.checkpoint import Checkpoints
+from tests.test_processes import free_port
 
 # What Orbax leaves behind of a read or a write that failed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -31,7 +32,9 @@ def make_state(step, size=64, shape=(8,), names=("fsdp",), spec=("fsdp",)):
   mesh = jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
   split = NamedSharding(mesh, PartitionSpec(*spec))
   return {
-    "w": jax.device_put(jax.random.normal(jax.random.key(step), (size, 256)), split),
+    "w": jax.jit(jax.random.normal, static_argnums=1, out_shardings=split)(
+      jax.random.key(step), (size, 256)
+    ),
     "step": jax.device_put(np.int32(step), NamedSharding(mesh, PartitionSpec())),
   }
 
@@ -152,6 +155,59 @@ def test_killed_while_saving(tmp_path):
   checkpoints.close()
   assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"1", "2"}
   check_restored(tmp_path, 2).close()
+
+
+_ONE_OF_TWO = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize({address!r}, 2, int(sys.argv[1]))
+import numpy as np
+from aromni_jax.checkpoint import Checkpoints
+from tests.test_checkpoint import CONFIG, abstract, make_state
+
+checkpoints = Checkpoints({workdir!r})
+for step in (1, 2):
+  checkpoints.save(step, make_state(step, shape=(4,)), {{"next_index": step}}, CONFIG)
+checkpoints.close()
+
+read = Checkpoints._read_state
+def damaged(self, path, abstract_state):
+  if jax.process_index() == 1 and path.name == "2":
+    raise OSError("process 1 cannot read this")
+  return read(self, path, abstract_state)
+Checkpoints._read_state = damaged
+checkpoints = Checkpoints({workdir!r})
+want = make_state(1, shape=(4,))
+state, data = checkpoints.restore(abstract(want), CONFIG)
+assert data == {{"next_index": 1}} and checkpoints.latest_step == 1, data
+for ours, theirs in zip(state["w"].addressable_shards, want["w"].addressable_shards, strict=True):
+  np.testing.assert_array_equal(ours.data, theirs.data)
+checkpoints.save(2, state, data, CONFIG)
+checkpoints.close()
+"""
+
+
+def test_processes_fall_back_together(tmp_path):
+  """One of two processes cannot read its part of the newest: both take the one before."""
+  code = _ONE_OF_TWO.format(address=f"localhost:{free_port()}", workdir=str(tmp_path))
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", code, str(i)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    for i in range(2)
+  ]
+  try:
+    logs = [p.communicate(timeout=120)[1] for p in processes]
+  finally:
+    for p in processes:
+      p.kill()
+  for p, log in zip(processes, logs, strict=True):
+    assert p.returncode == 0, log[-3000:]
+  assert "process 1 cannot read this" in logs[1] and "see there" in logs[0]
+  names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+  assert names == {"1", "2", "2.damaged"}
 
 
 @contextlib.contextmanager
