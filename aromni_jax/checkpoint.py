@@ -34,8 +34,12 @@ class Checkpoints:
   step, and nothing is lost by starting again once there is room.
 
   A checkpoint that was damaged afterwards shows when it is read: `restore` then goes on from the
-  one before. There are no copies on the hosts' own disks: Orbax's emergency manager needs slices
-  that hold whole replicas, which a mesh split over all slices does not have.
+  one before. Missing and shortened files show; a flipped bit in an array does not, since neither
+  zarr nor OCDBT has a checksum of it.
+
+  There are no copies on the hosts' own disks. Orbax's emergency manager, which is experimental,
+  keeps them only where slices hold the whole state (mesh.data over slices), and for all of these
+  but the first; it is not wired here.
 
   Args:
     workdir: folder of the run, local or gs://bucket/folder.
