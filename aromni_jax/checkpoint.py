@@ -2,7 +2,9 @@
 
 import asyncio
 import dataclasses
+import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
 
 # Of the arrays of `save_streamed`: what a reader of a part reads at least, and how many are written
 # at once; each is in memory twice then.
@@ -19,44 +24,147 @@ _CHUNKS_AT_ONCE = 2
 
 
 class Checkpoints:
-  """The checkpoints of one run; saving is asynchronous, a torn save is never the newest.
+  """The checkpoints of one run, in WORKDIR/checkpoints/STEP; all processes call it alike.
+
+  Saving is asynchronous. A checkpoint appears under its name only once it is whole (Orbax renames
+  its folder, or on gs:// writes commit_success.txt last), and older ones are deleted only then. So
+  a save that is killed or finds the disk full leaves the newest whole one in use; what it had
+  written is removed at the next start. A save that fails ends the run with an error, at the next
+  call of `check`, `save` or `close`: training on without checkpoints would put more at stake every
+  step, and nothing is lost by starting again once there is room.
+
+  A checkpoint that was damaged afterwards shows when it is read: `restore` then goes on from the
+  one before. Missing and shortened files show; a flipped bit in an array does not, since neither
+  zarr nor OCDBT has a checksum of it.
+
+  There are no copies on the hosts' own disks. Orbax's emergency manager, which is experimental,
+  keeps them only where slices hold the whole state (mesh.data over slices), and for all of these
+  but the first; it is not wired here.
 
   Args:
-    workdir: folder of the run.
-    keep: how many are kept.
+    workdir: folder of the run, local or gs://bucket/folder.
+    keep: how many are kept; one more is there while it is written.
 
   Raises:
-    ValueError: if the folder cannot be written.
+    ValueError: if a process cannot write to the folder.
   """
 
   def __init__(self, workdir: str, keep: int = 2):
-    directory = pathlib.Path(workdir).absolute() / "checkpoints"
+    self.directory = _absolute(workdir) / "checkpoints"
+    self._keep = keep
+    self._check_writable(workdir)
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep,
+      cleanup_tmp_directories=True,
+      single_host_load_and_broadcast=True,  # all processes see the steps that process 0 sees
+    )
+    self._manager = ocp.CheckpointManager(self.directory, options=options)
+    self._saving: tuple[int, int, int | None] | None = None  # step, its bytes, the newest before
+
+  def _check_writable(self, workdir: str) -> None:
+    problem = None
+    probe = self.directory / f"write_test_{jax.process_index()}"
     try:
-      directory.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-      raise ValueError(f"--workdir {workdir} cannot be written: {e}") from e
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-    self._manager = ocp.CheckpointManager(directory, options=options)
-    self.directory = directory
+      self.directory.mkdir(parents=True, exist_ok=True)
+      probe.write_text("")
+      probe.unlink()
+    except Exception as e:  # of the file system's client: of many kinds
+      problem = e
+    if not _all_agree(problem is None):
+      raise ValueError(
+        f"--workdir {workdir} cannot be written: {problem or 'see the other processes'}. Expected "
+        "a folder, or a bucket that exists, which every process may write to"
+      ) from problem
+
+  def check_space(self, abstract_state: Any) -> None:
+    """Makes sure that the checkpoints of a run fit, before it starts. A bucket has no limit.
+
+    Args:
+      abstract_state: shapes and dtypes of the state.
+
+    Raises:
+      ValueError: if `keep` + 1 checkpoints do not fit beside what else is there.
+    """
+    free = self._free_bytes()
+    if free is None:
+      return
+    size = _num_bytes(abstract_state)
+    needed = (self._keep + 1 - min(self._keep, len(self._manager.all_steps()))) * size
+    if not _all_agree(free >= needed):
+      raise ValueError(
+        f"{self.directory} has {free / 1e9:.2f} GB free, but {needed / 1e9:.2f} GB more are "
+        f"needed: a checkpoint takes up to {size / 1e9:.2f} GB, and with config.checkpoints_kept "
+        f"{self._keep} one more is written before the oldest is deleted. Make room, lower "
+        "config.checkpoints_kept, or use another --workdir"
+      )
+
+  def _free_bytes(self) -> int | None:
+    if _is_url(self.directory):
+      return None
+    return shutil.disk_usage(self.directory).free
 
   @property
   def latest_step(self) -> int | None:
-    """Step of the newest whole checkpoint, or None."""
+    """Step of the newest checkpoint, whole or being written, or None."""
     return self._manager.latest_step()
 
   def save(self, step: int, state: Any, data: dict[str, Any], config: dict[str, Any]) -> None:
-    """Starts saving; returns once the arrays are copied."""
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
-        data=ocp.args.JsonSave(data),
-        config=ocp.args.JsonSave(config),
-      ),
+    """Starts saving; returns once the arrays are copied, so the state may be donated.
+
+    Waits for the save before, if that is still being written.
+
+    Raises:
+      OSError: if this save cannot begin, or the one before has failed.
+    """
+    self._finish()
+    self._saving = step, _num_bytes(state), self.latest_step
+    try:
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state),
+          data=ocp.args.JsonSave(data),
+          config=ocp.args.JsonSave(config),
+        ),
+      )
+    except Exception as e:
+      raise self._not_written(e) from e
+
+  def check(self) -> None:
+    """Raises OSError if the save in the background has failed; does not wait. For every step."""
+    if self._saving is not None and not self._manager.is_saving_in_progress():
+      self._finish()
+
+  def _finish(self) -> None:
+    """Waits for the save in the background."""
+    if self._saving is None:
+      return
+    try:
+      self._manager.wait_until_finished()
+    except Exception as e:
+      raise self._not_written(e) from e
+    self._saving = None
+
+  def _not_written(self, cause: Exception) -> OSError:
+    (step, size, before), self._saving = self._saving, None
+    free = self._free_bytes()
+    room = "" if free is None else f"; {free / 1e9:.2f} GB are free there"
+    again = (
+      "There is no earlier one"
+      if before is None
+      else f"The checkpoint of step {before} is whole: the same command goes on from it"
+    )
+    return OSError(
+      f"the checkpoint of step {step} could not be written to {self.directory}: it takes up to "
+      f"{size / 1e9:.2f} GB{room}. {again}. Reason: {_brief(cause)}"
     )
 
   def restore(self, abstract_state: Any, config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Returns the newest state, placed as `abstract_state` says, and the data position.
+    """Returns the newest state that can be read, placed as `abstract_state` says, and the data
+    position.
+
+    A checkpoint with missing or damaged files is set aside as STEP.damaged, with a warning that
+    says what is wrong, if an older one can be read. Processes decide so together.
 
     Args:
       abstract_state: shapes, dtypes and shardings.
@@ -64,29 +172,112 @@ class Checkpoints:
 
     Raises:
       ValueError: if the model section or the optimizer differs from the checkpoint's, naming the
-        fields.
+        fields; or if no checkpoint can be read.
     """
-    step = self.latest_step
-    saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
-    _check_same_model(saved["config"]["model"], config["model"], self.directory)
-    was, now = (c["optimizer"]["name"] for c in (saved["config"], config))
+    damaged: dict[int, str] = {}
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      info = self._read(step, damaged, self._read_info)
+      if info is None:
+        continue
+      self._check_same_run(info["config"], config)
+      state = self._read(step, damaged, self._read_state, abstract_state)
+      if state is None:
+        continue
+      if damaged:
+        self._set_aside(damaged, step)
+      return state, info["data"]
+    found = "".join(f"\n  step {step}: {problem}" for step, problem in damaged.items())
+    raise ValueError(
+      f"no checkpoint in {self.directory} can be read:{found or ' there is none'}\nRestore the "
+      "files, or start anew in another --workdir"
+    )
+
+  def _read(self, step: int, damaged: dict[int, str], read: Callable, *args: Any) -> Any:
+    """Returns what a reader finds; None, and a line in `damaged`, if a process cannot read it.
+
+    Nothing here may wait for other processes, since they may have failed.
+    """
+    found = problem = None
+    try:
+      found = read(self.directory / str(step), *args)
+    except Exception as e:  # damage shows in many ways
+      problem = _brief(e)
+    if _all_agree(problem is None):
+      return found
+    damaged[step] = problem or "another process could not read it, see there"
+    return None
+
+  def _read_info(self, path: epath.Path) -> dict[str, Any]:
+    handler = ocp.JsonCheckpointHandler()
+    return {
+      name: handler.restore(path / name, args=ocp.args.JsonRestore()) for name in ("config", "data")
+    }
+
+  def _read_state(self, path: epath.Path, abstract_state: Any) -> Any:
+    args = ocp.args.StandardRestore(abstract_state)
+    return ocp.StandardCheckpointHandler().restore(path / "state", args=args)
+
+  def _check_same_run(self, saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    _check_same_model(saved["model"], ours["model"], self.directory)
+    was, now = saved["optimizer"]["name"], ours["optimizer"]["name"]
     if was != now:
       raise ValueError(
         f"the checkpoint in {self.directory} has the state of optimizer.name {was}, not {now}. Use "
         "it, or another --workdir"
       )
-    out = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
-      ),
-    )
-    return out["state"], out["data"]
+
+  def _set_aside(self, damaged: dict[int, str], good: int) -> None:
+    """Renames damaged checkpoints, so that the run can save these steps again."""
+    for step, problem in damaged.items():
+      path = self.directory / str(step)
+      logging.error(
+        "CHECKPOINT DAMAGED: %s cannot be read; going on from step %d instead. The damaged one is "
+        "now %s.damaged; rename it back if the reason was a passing one. Reason: %s",
+        *(path, good, path, problem),
+      )
+      if jax.process_index() == 0:
+        aside = path.parent / f"{step}.damaged"
+        if aside.exists():
+          aside.rmtree()
+        path.rename(aside)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("checkpoints were set aside")
+    self._manager.reload()
 
   def close(self) -> None:
-    """Waits for the last save."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    """Waits for the last save. Raises OSError if it failed."""
+    try:
+      self._finish()
+    finally:
+      self._manager.close()
+
+
+def _is_url(path: str | os.PathLike) -> bool:
+  return "://" in os.fspath(path)
+
+
+def _absolute(path: str) -> epath.Path:
+  """Returns a path that Orbax takes: absolute, or a URL as it is."""
+  return epath.Path(path if _is_url(path) else os.path.abspath(path))
+
+
+def _brief(error: Exception) -> str:
+  """Returns what the first error of a chain says, without TensorStore's long descriptions."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  text = f"{type(error).__name__}: {error}".split(" [tensorstore_spec")[0]
+  return text if len(text) < 500 else f"{text[:200]} ... {text[-250:]}"
+
+
+def _num_bytes(tree: Any) -> int:
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _all_agree(ok: bool) -> bool:
+  """Returns whether all processes say yes; every process must ask."""
+  if jax.process_count() == 1:
+    return ok
+  return bool(multihost_utils.process_allgather(np.array([ok])).all())
 
 
 def _check_same_model(saved: dict[str, Any], ours: dict[str, Any], directory: Any) -> None:

@@ -119,6 +119,7 @@ class _Run:
       rate = learning_rate(config.optimizer, step, clock.progress(step))
       state, metrics = self.step_fn(state, batch, self.table, jnp.float32(rate))
       step += 1
+      checkpoints.check()
       if pending is not None:
         self._report(*pending, clock, writer)
       pending = step, metrics
@@ -155,6 +156,7 @@ class _Run:
       self.abstract,
       self.shardings,
     )
+    checkpoints.check_space(abstract)
     if checkpoints.latest_step is not None:
       state, position = checkpoints.restore(abstract, self._saved_config())
       data.set_state(position)

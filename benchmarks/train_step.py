@@ -21,7 +21,7 @@ from flax import nnx
 
 from aromni_jax import sharding, train_step
 from aromni_jax.data.batch import Batch
-from aromni_jax.data.packing import pack
+from aromni_jax.data.packing import PackedOrder
 from aromni_jax.losses import LossConfig
 from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.models.config import DecoderConfig
@@ -58,7 +58,7 @@ def packed_batches(samples: list[np.ndarray]) -> list[Batch]:
   """Returns batches of packed rows, [8, 512]."""
   lengths = np.array([len(s) for s in samples])
   rng = np.random.default_rng(0)
-  rows = pack(range(len(samples)), lengths, _LENGTH, len(samples), rng)
+  rows = list(PackedOrder(np.arange(len(samples)), lengths, _LENGTH, len(samples), rng))
   batches = []
   for start in range(0, len(rows) - _ROWS + 1, _ROWS):
     fields = {f.name: np.zeros((_ROWS, _LENGTH), np.int32) for f in dataclasses.fields(Batch)}

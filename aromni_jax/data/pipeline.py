@@ -5,7 +5,7 @@ each process plans all rows and reads only its own; the state of the iterator is
 """
 
 import dataclasses
-import functools
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +15,7 @@ from absl import logging
 
 from aromni_jax.data.batch import Batch
 from aromni_jax.data.loss_weights import LossWeightConfig, loss_weights
-from aromni_jax.data.packing import pack
+from aromni_jax.data.packing import PackedOrder
 from aromni_jax.data.token_shards import TokenShards
 from aromni_jax.prompts import OUTPUTS, without_prompt
 from aromni_jax.vocabulary import TASKS, Vocabulary, task_id
@@ -75,7 +75,7 @@ class DataConfig:
 
 
 class RowPlan:
-  """Rows of sample numbers, epoch after epoch.
+  """Rows of sample numbers, epoch after epoch; made as they are asked for, from any thread.
 
   Args:
     lengths, tasks: of every sample.
@@ -100,15 +100,17 @@ class RowPlan:
     self._pools = self._make_pools(tasks, fits)
     if not sum(len(pool) for pool, _ in self._pools):
       raise ValueError(f"{config.shards} ({config.split}) has no sample for data.mixture")
-    self._starts = [0]
+    self._lock = threading.Lock()  # reader threads share the plan
+    self._epochs: dict[int, PackedOrder] = {}  # the last two that were asked for
+    self._starts = [0]  # first row of each epoch that is known
 
   def _make_pools(self, tasks: np.ndarray, fits: np.ndarray) -> list[tuple[np.ndarray, int]]:
     """Sample numbers of each group and how many of them an epoch takes."""
     mixture = {task: w for task, w in self.config.mixture.items() if w > 0}
     if not mixture:
-      everything = np.flatnonzero(fits)
+      everything = _numbers(fits)
       return [(everything, len(everything))]
-    pools = {task: np.flatnonzero(fits & (tasks == task_id(task))) for task in mixture}
+    pools = {task: _numbers(fits & (tasks == task_id(task))) for task in mixture}
     pools = {task: pool for task, pool in pools.items() if len(pool)}
     share = {
       task: mixture[task]
@@ -119,28 +121,43 @@ class RowPlan:
     scale = min((len(pools[task]) / share[task] for task in pools), default=0)
     return [(pools[t], max(1, round(share[t] * scale))) for t in sorted(pools)]
 
-  @functools.lru_cache(maxsize=2)  # noqa: B019 - plans live as long as the pipeline
-  def epoch(self, number: int) -> list[list[int]]:
-    """Returns the rows of an epoch."""
-    seed = self.config.seed
-    chosen = []
-    for group, (pool, count) in enumerate(self._pools):
-      begin, taken = number * count, []
-      while len(taken) < count:  # continues through shuffled passes of the group
-        turn, at = divmod(begin + len(taken), len(pool))
-        order = np.random.default_rng([seed, group, turn]).permutation(len(pool))
-        taken += pool[order[at : at + count - len(taken)]].tolist()
-      chosen += taken
-    rng = np.random.default_rng([seed, len(TASKS), number])
-    order = [chosen[i] for i in rng.permutation(len(chosen))]
-    return pack(order, self.lengths, self.config.sequence_length, self.config.window, rng)
+  def epoch(self, number: int) -> PackedOrder:
+    """Returns the rows of an epoch, arrays of sample numbers."""
+    if number not in self._epochs:
+      while len(self._epochs) > 1:
+        del self._epochs[next(iter(self._epochs))]
+      self._epochs[number] = self._make_epoch(number)
+    return self._epochs[number]
 
-  def row(self, number: int) -> list[int]:
+  def _make_epoch(self, number: int) -> PackedOrder:
+    seed, chosen = self.config.seed, []
+    for group, (pool, count) in enumerate(self._pools):
+      at, stop = number * count, (number + 1) * count
+      while at < stop:  # continues through shuffled passes of the group
+        turn, begin = divmod(at, len(pool))
+        order = np.random.default_rng([seed, group, turn]).permutation(pool)
+        chosen.append(order[begin : begin + stop - at])
+        at += len(chosen[-1])
+    rng = np.random.default_rng([seed, len(TASKS), number])
+    order = np.concatenate(chosen)
+    rng.shuffle(order)
+    config = self.config
+    return PackedOrder(order, self.lengths, config.sequence_length, config.window, rng)
+
+  def row(self, number: int) -> np.ndarray:
     """Returns the sample numbers of a row, counted from the beginning of the first epoch."""
-    while self._starts[-1] <= number:
-      self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
-    epoch = int(np.searchsorted(self._starts, number, side="right")) - 1
-    return self.epoch(epoch)[number - self._starts[epoch]]
+    with self._lock:
+      while True:
+        epoch = int(np.searchsorted(self._starts, number, side="right")) - 1
+        try:
+          return self.epoch(epoch)[number - self._starts[epoch]]
+        except IndexError:  # it is past the last epoch that is known
+          self._starts.append(self._starts[epoch] + len(self.epoch(epoch)))
+
+
+def _numbers(chosen: np.ndarray) -> np.ndarray:
+  """Returns where bool[n] is true, in half of NumPy's memory where that is enough."""
+  return np.flatnonzero(chosen).astype(np.int32 if len(chosen) <= 2**31 else np.int64)
 
 
 class PackedRows:

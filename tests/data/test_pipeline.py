@@ -1,6 +1,9 @@
+import concurrent.futures
 import dataclasses
+import hashlib
 import json
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -9,9 +12,9 @@ import tensorflow_datasets as tfds
 
 from aromni_jax import model_dir
 from aromni_jax.codecs.text import SentencePieceText
-from aromni_jax.data import token_shards
+from aromni_jax.data import packing, token_shards
 from aromni_jax.data.loss_weights import LossWeightConfig, loss_weights
-from aromni_jax.data.pipeline import DataConfig, RowPlan, make_train_iterator
+from aromni_jax.data.pipeline import DataConfig, PackedRows, RowPlan, make_train_iterator
 from aromni_jax.prompts import Sample
 from aromni_jax.vocabulary import IMAGE, SPEECH, TASKS, get_vocabulary
 from tests.conftest import random_samples
@@ -74,12 +77,60 @@ def test_the_transcript_is_weighted_up_to_the_next_unused_response_id():
 def test_every_sample_once_per_epoch_and_well_packed(shards):
   table = token_shards.TokenShards(shards, "train", VOCABULARY)
   plan = RowPlan(table.lengths, table.tasks, DataConfig(str(shards)))
+  rows_of = []
   for epoch in range(2):
-    rows = plan.epoch(epoch)
+    rows = [row.tolist() for row in plan.epoch(epoch)]
+    rows_of.append(rows)
     assert sorted(n for row in rows for n in row) == list(range(len(table)))
     real = sum(table.lengths) / (len(rows) * 512)
     assert real > 0.94  # the last row of this little set is half empty
-  assert plan.epoch(0) != plan.epoch(1)
+  assert rows_of[0] != rows_of[1]
+
+
+def made_up_plan(count=3000, **config):
+  rng = np.random.default_rng(count)
+  lengths = rng.integers(5, 500, count).astype(np.int32)
+  tasks = rng.integers(0, len(TASKS), count).astype(np.int8)
+  return RowPlan(lengths, tasks, DataConfig("made up", **config))
+
+
+@pytest.mark.parametrize(
+  "config, want",
+  [
+    ({}, "787d2f659fdb"),
+    ({"mixture": {"text_to_image": 3.0, "speech_to_text": 1.0, "dialogue": 0.5}}, "50fe0fa5ff1b"),
+    ({"window": 7, "seed": 3, "long_samples": "drop", "sequence_length": 300}, "1b4c5d0ad523"),
+  ],
+)
+def test_the_order_of_a_seed_is_that_of_earlier_versions(config, want):
+  """A run that was begun with an earlier version goes on with the samples it has not seen."""
+  plan = made_up_plan(**config)
+  rows = [[row.tolist() for row in plan.epoch(epoch)] for epoch in range(3)]
+  digest = hashlib.sha256("".join(json.dumps(epoch) for epoch in rows).encode())
+  assert digest.hexdigest()[:12] == want
+
+
+def test_rows_are_the_same_from_any_thread_and_from_the_middle(monkeypatch):
+  config = {"sequence_length": 500, "window": 50}
+  plan = made_up_plan(200, **config)
+  want = [plan.row(n).tolist() for n in range(300)]  # several epochs
+  assert len(plan.epoch(0)) < 150
+  assert made_up_plan(200, **config).row(250).tolist() == want[250]
+  # Threads that take turns inside `row` would pack a window twice or count an epoch twice.
+  best_fit = packing._best_fit
+  monkeypatch.setattr(packing, "_best_fit", lambda *args: time.sleep(1e-3) or best_fit(*args))
+  shared = made_up_plan(200, **config)
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    found = list(pool.map(lambda n: shared.row(n).tolist(), range(300)))
+  assert found == want
+
+
+def test_only_the_windows_that_are_needed_are_packed(monkeypatch):
+  packed = []
+  best_fit = packing._best_fit
+  monkeypatch.setattr(packing, "_best_fit", lambda n, t: packed.append(len(n)) or best_fit(n, t))
+  made_up_plan(30_000, window=100).row(3)
+  assert packed == [100]
 
 
 def test_dropped_prompts_leave_bos_and_the_picture(shards):
@@ -115,6 +166,26 @@ def test_processes_read_the_parts_of_one_batch(shards):
     np.testing.assert_array_equal(whole[step].tokens, both)
   with pytest.raises(ValueError, match="batch_size 4 is not a multiple of 3 processes"):
     batches(config, process_count=3)
+
+
+def test_each_process_reads_its_own_records_only(shards, monkeypatch):
+  """Every record of a step is read by one process, once."""
+  read, getitem = [], token_shards.TokenShards.__getitem__
+  monkeypatch.setattr(
+    token_shards.TokenShards, "__getitem__", lambda s, i: read.append(int(i)) or getitem(s, i)
+  )
+  table = token_shards.TokenShards(shards, "train", VOCABULARY)
+  config, steps, of_process = DataConfig(str(shards)), 3, []
+  for process in range(4):
+    rows = PackedRows(table, config, VOCABULARY, 8, process, 4)
+    read.clear()
+    segments = [rows[i]["segment_ids"].max() for i in range(steps * 2)]
+    assert len(read) == sum(segments)
+    of_process.append(list(read))
+  plan = RowPlan(table.lengths, table.tasks, config)
+  want = [n for row in range(steps * 8) for n in plan.row(row).tolist()]
+  assert sorted(sum(of_process, [])) == sorted(want) and len(set(want)) == len(want)
+  assert all(of_process)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
