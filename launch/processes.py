@@ -36,18 +36,22 @@ def run(command, count: int, logs: pathlib.Path, restarts: int) -> int:
   """
   logs.mkdir(parents=True, exist_ok=True)
   stopped = threading.Event()
-  for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda *_: stopped.set())
-  for attempt in range(restarts + 1):
-    address = f"localhost:{_free_port()}"
-    code = _attempt([command(address, i) for i in range(count)], logs, stopped)
-    if stopped.is_set():
-      return 143
-    if code == 0:
-      return 0
-    left = restarts - attempt
-    print(f"== ended with exit code {code}; {left} restarts left", flush=True)
-  return code
+  numbers = (signal.SIGTERM, signal.SIGINT)
+  handlers = [signal.signal(number, lambda *_: stopped.set()) for number in numbers]
+  try:
+    for attempt in range(restarts + 1):
+      address = f"localhost:{_free_port()}"
+      code = _attempt([command(address, i) for i in range(count)], logs, stopped)
+      if stopped.is_set():
+        return 143
+      if code == 0:
+        return 0
+      left = restarts - attempt
+      print(f"== ended with exit code {code}; {left} restarts left", flush=True)
+    return code
+  finally:
+    for number, handler in zip(numbers, handlers, strict=True):
+      signal.signal(number, handler)
 
 
 def _attempt(commands, logs, stopped) -> int:
@@ -60,11 +64,11 @@ def _attempt(commands, logs, stopped) -> int:
   for reader in readers:
     reader.start()
   code, deadline, told = 0, None, False
-  while any(p.poll() is None for p in processes):
+  while None in (codes := [p.poll() for p in processes]):
     if stopped.is_set() and not told:
       told = True
       _signal(processes, signal.SIGTERM)  # all of them are there to save: no deadline
-    bad = [p.returncode for p in processes if p.returncode]
+    bad = [code for code in codes if code]
     if bad and deadline is None:
       code, deadline = bad[0], time.monotonic() + _GRACE
       _signal(processes, signal.SIGTERM)
@@ -73,7 +77,7 @@ def _attempt(commands, logs, stopped) -> int:
     time.sleep(_LOOK)
   for reader in readers:
     reader.join()
-  code = code or next((p.returncode for p in processes if p.returncode), 0)
+  code = code or next((code for code in codes if code), 0)
   return 128 - code if code < 0 else code
 
 

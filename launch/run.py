@@ -62,8 +62,7 @@ def read_line(arguments: list[str]) -> Line:
   try:
     rest = values(["train", *arguments])[1:]
   except (flags.Error, OSError, AttributeError, KeyError, TypeError) as e:
-    reason = str(e).replace("\\n", "; ").replace("\n", "; ").strip("'\"")
-    raise ValueError(f"the training line: {reason}") from e
+    raise ValueError(f"the training line: {_reason(e)}") from e
   if rest:
     raise ValueError(f"the training line has unexpected arguments {rest}")
   for name in ("config", "workdir"):
@@ -74,6 +73,12 @@ def read_line(arguments: list[str]) -> Line:
       raise ValueError(f"the training line has --{name}, which the launcher adds; leave it out")
   config = to_dataclass(TrainConfig, values["config"].value.to_dict())
   return Line(config, values["config"].config_filename, values["workdir"].value)
+
+
+def _reason(error: Exception) -> str:
+  """Returns a message on one line, of a traceback inside it the end."""
+  lines = [line for line in str(error).replace("\\n", "\n").splitlines() if line.strip()]
+  return lines[-1] if "Traceback" in str(error) else " ".join(lines).replace("\\'", "'")
 
 
 def plan(argv: list[str]) -> tuple[argparse.Namespace, Rendered]:

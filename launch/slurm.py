@@ -20,7 +20,7 @@ OPTIONS = (
   Option("setup", "Shell line before the training, e.g. 'module load cuda'.", ""),
   Option("python", "Interpreter that the package is installed in.", sys.executable),
   Option(
-    "restarts", "How often a crash is queued again; time limits always are.", 3, kind=whole(0)
+    "restarts", "How often a crash is queued again; a time limit always is.", 3, kind=whole(0)
   ),
 )
 

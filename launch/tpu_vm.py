@@ -115,7 +115,7 @@ finish() {{
 }}
 
 attempt=$(cat "$folder/attempt" 2> /dev/null || true)
-crashes=0
+crashes=0 tries=0
 while true; do
   now=$(state)
   case $now in
@@ -135,7 +135,8 @@ while true; do
   if [ -z "$attempt" ]; then
     say "installing"
     if install; then
-      attempt=$(date +%Y%m%d-%H%M%S)
+      tries=$((tries + 1))
+      attempt=$(date +%Y%m%d-%H%M%S)-$tries
       echo "$attempt" > "$folder/attempt"
     else
       code=1
@@ -202,7 +203,10 @@ def _controller(job: Job) -> str:
     booking += [f"--node-count={topology.slices}", f"--node-prefix={job.name}"]
   else:
     booking += [f"--node-id={job.name}"]
-  booking += [f"--network={options.network}", "--scopes=cloud-platform"]
+  booking += [
+    f"--network={options.network}",
+    "--scopes=https://www.googleapis.com/auth/cloud-platform",
+  ]
   booking += [f"--{name}" for name in ("spot", "reserved") if getattr(options, name)]
   delete = f"gcloud compute tpus queued-resources delete {resource} --force"
   keep = f"say {shlex.quote(f'still booked (--keep); to delete it: {delete}')}"
