@@ -11,7 +11,7 @@ SOURCES = ("setup.py", "pyproject.toml", "aromni_jax", "configs")
 # was stopped is not a finished one, and whoever restarts runs must be able to tell.
 SUPERVISE = """\
 stopped=
-trap 'stopped=1; kill -TERM "$child"' TERM
+trap 'stopped=1; kill -TERM "$child"' {signal}
 {command} &
 child=$!
 code=0
@@ -46,6 +46,11 @@ def training(python: str, arguments: tuple[str, ...], coordinator: str | None = 
   return shlex.join([python, "-m", "aromni_jax.train", *arguments, *joins])
 
 
-def supervise(command: str) -> str:
-  """Returns lines that run a command and leave its exit code in `code`, 143 after SIGTERM."""
-  return SUPERVISE.format(command=command)
+def supervise(command: str, signal: str = "TERM") -> str:
+  """Returns lines that run a command and leave its exit code in `code`.
+
+  Args:
+    command: the quoted command.
+    signal: what tells the script to stop; the command gets SIGTERM, and `code` becomes 143.
+  """
+  return SUPERVISE.format(command=command, signal=signal)

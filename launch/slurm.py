@@ -27,8 +27,9 @@ OPTIONS = (
 _BATCH = """\
 #!/usr/bin/env bash
 {directives}
-# The batch script alone is told two minutes before the time limit (B:): it passes the signal on,
-# the training saves and leaves, and the job is queued again. SLURM itself queues preempted jobs.
+# Two minutes before the time limit SLURM sends USR1 to this script alone (B:). It tells the training
+# to save and leave, and queues the job again. TERM comes from scancel, which must end the job, and
+# from a preemption, after which SLURM itself queues it again (--requeue).
 set -euo pipefail
 folder={folder}
 {setup}{exports}{supervise}\
@@ -70,7 +71,7 @@ def render(job: Job) -> Rendered:
     "account": options.account,
     "output": f"{job.folder}/%j.log",
     "open-mode": "append",
-    "signal": "B:TERM@120",
+    "signal": "B:USR1@120",
   }
   lines = [f"#SBATCH --{name}={value}" for name, value in directives.items() if value is not None]
   # A task that fails ends the others at once.
@@ -81,7 +82,7 @@ def render(job: Job) -> Rendered:
     folder=shlex.quote(job.folder),
     setup=f"{options.setup}\n" if options.setup else "",
     exports=shell.exports("gpu"),
-    supervise=shell.supervise(f"{srun} {shell.training(options.python, job.arguments)}"),
+    supervise=shell.supervise(f"{srun} {shell.training(options.python, job.arguments)}", "USR1"),
     restarts=options.restarts,
   )
   path = f"{job.folder}/train.sbatch"

@@ -270,18 +270,24 @@ def test_slurm_queues_crashes_again_up_to_its_restarts(place):
     assert place.records("slurm").count(REQUEUE) == requeued
 
 
-def test_slurm_queues_a_job_at_its_time_limit_again(place):
+@pytest.mark.parametrize("number, requeued", [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_slurm_queues_a_job_at_its_time_limit_again(place, number, requeued):
+  """SLURM sends what --signal names before the limit; SIGTERM is scancel, which must not."""
   (place.path / "wait").touch()
-  script = run.plan([*SBATCH, "--restarts=0", "--", *AWKWARD])[1].files[0]
+  (script,) = run.plan([*SBATCH, "--restarts=0", "--", *AWKWARD])[1].files
+  assert "#SBATCH --signal=B:USR1@" in script.text
   path = place.path / script.path
   path.parent.mkdir(parents=True)
   path.write_text(script.text)
   env = place.env | {"SLURM_JOB_ID": "7"}
-  job = subprocess.Popen(["bash", str(path)], cwd=place.path, env=env)
+  job = subprocess.Popen(["bash", str(path)], cwd=place.path, env=env, start_new_session=True)
   place.wait_for("waiting")
-  job.terminate()
-  assert job.wait(timeout=30) == 143
-  assert REQUEUE in place.records("slurm")
+  job.send_signal(number)
+  code = job.wait(timeout=30)
+  assert (code == 143) == requeued
+  assert (REQUEUE in place.records("slurm")) == requeued
+  if not requeued:
+    os.killpg(job.pid, signal.SIGKILL)  # SLURM tells the tasks itself
 
 
 def test_colab_cells_pass_the_line(place):
