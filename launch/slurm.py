@@ -27,9 +27,9 @@ OPTIONS = (
 _BATCH = """\
 #!/usr/bin/env bash
 {directives}
-# Two minutes before the time limit SLURM sends USR1 to this script alone (B:). It tells the training
-# to save and leave, and queues the job again. TERM comes from scancel, which must end the job, and
-# from a preemption, after which SLURM itself queues it again (--requeue).
+# Two minutes before the time limit SLURM sends USR1 to this script alone (B:), which tells the
+# training to save and leave, and queues the job again. TERM comes from scancel, which must end the
+# job, and from a preemption, after which SLURM itself queues it again (--requeue).
 set -euo pipefail
 folder={folder}
 {setup}{exports}{supervise}\
