@@ -210,6 +210,7 @@ def _controller(job: Job) -> str:
   booking += [f"--{name}" for name in ("spot", "reserved") if getattr(options, name)]
   delete = f"gcloud compute tpus queued-resources delete {resource} --force"
   keep = f"say {shlex.quote(f'still booked (--keep); to delete it: {delete}')}"
+  failed = f"say {shlex.quote(f'still booked, and costs money; to delete it: {delete}')}"
   return _CONTROLLER.format(
     folder=shlex.quote(job.folder),
     resource=resource,
@@ -222,7 +223,7 @@ def _controller(job: Job) -> str:
     install=shlex.quote(f"bash {job.name}/worker.sh install"),
     run=shlex.quote(f"bash {job.name}/worker.sh run"),
     restarts=options.restarts,
-    finish=keep if options.keep else "release || true",
+    finish=keep if options.keep else f"release || {failed}",
   )
 
 
