@@ -24,16 +24,26 @@ def preflight(config: TrainConfig, topology: Topology) -> None:
     ValueError: if the mesh or the batch does not divide, saying what would.
   """
   gpus = topology.chip.platform == "gpu"  # one process each, see launch/slurm.py
-  check_division(config, topology.num_chips, topology.num_chips if gpus else topology.num_hosts)
+  processes = topology.num_chips if gpus else topology.num_hosts
+  data = check_division(config, topology.num_chips, processes)
+  if data % topology.slices:
+    raise ValueError(
+      f"config.mesh.data is {data}, which is no multiple of the {topology.slices} slices or nodes "
+      f"of {topology.name}; only data crosses the network between them: --config.mesh.data="
+      f"{topology.slices}"
+    )
 
 
-def check_division(config: TrainConfig, devices: int, processes: int) -> None:
+def check_division(config: TrainConfig, devices: int, processes: int) -> int:
   """Checks the mesh and the rows of a batch against devices and processes.
+
+  Returns:
+    the size of the mesh axis data.
 
   Raises:
     ValueError: if they do not divide.
   """
-  data, fsdp, _ = sharding.mesh_sizes(**dataclasses.asdict(config.mesh), num_devices=devices)
+  data, fsdp, _ = sharding.mesh_sizes(devices, **dataclasses.asdict(config.mesh))
   rows = data * fsdp * config.accumulate
   if config.batch_size % rows:
     raise ValueError(
@@ -45,6 +55,7 @@ def check_division(config: TrainConfig, devices: int, processes: int) -> None:
       f"config.batch_size is {config.batch_size}, which {processes} processes cannot share; take "
       f"{_near(config.batch_size, processes)}"
     )
+  return data
 
 
 def check_shared(paths: dict[str, str]) -> None:

@@ -26,17 +26,18 @@ CASES = {
   "tpu_vm_two_slices": (
     *("--target=tpu_vm", "--topology=2xv5p:4x4x8", "--spot", "--keep", "--restarts=0"),
     *("--name=two", "--out=elsewhere", *CLOUD, "--mounted", "--"),
-    *(*LINE, "--workdir=/mnt/shared/first"),
+    *(*LINE, "--workdir=/mnt/shared/first", "--config.mesh.data=2"),
   ),
   "xpk": ("--target=xpk", "--topology=v5p:4x4x8", *CLOUD, "--cluster=pod", "--", *LINE),
   "xpk_two_slices": (
     *("--target=xpk", "--topology=2xv5e:16x16", *CLOUD, "--cluster=pod", "--storage=disk"),
-    *("--priority=high", "--restarts=5", "--", *LINE),
+    *("--priority=high", "--restarts=5", "--", *LINE, "--config.mesh.data=2"),
   ),
   "slurm": ("--target=slurm", "--topology=h100:8", "--python=python", "--", *LINE),
   "slurm_two_nodes": (
     *("--target=slurm", "--topology=h100:16", "--partition=gpu", "--account=me"),
-    *("--setup=module load cuda", "--python=.venv/bin/python", "--time=02:00:00", "--", *LINE),
+    *("--setup=module load cuda", "--python=.venv/bin/python", "--time=02:00:00", "--"),
+    *(*LINE, "--config.mesh.data=2"),
   ),
   "local": (
     *("--target=local", "--processes=2", "--devices=2", "--python=python", "--name=two"),
@@ -135,6 +136,7 @@ WRONG = {
   "name": (changed("tpu_vm", "--name=My_Run"), "--name=My_Run is no name for a job"),
   "mesh": (changed("tpu_vm", "--config.mesh.tensor=3"), "does not cover 256 devices"),
   "mesh here": (changed("local", "--config.mesh.tensor=3"), "does not cover 4 devices"),
+  "slices": (changed("xpk", "--topology=2xv5p:4x4x4"), "of the 2 slices .*--config.mesh.data=2"),
   "rows": (changed("tpu_vm", "--config.batch_size=480"), "no multiple of 256: .*take 256 or 512"),
   "micro-batches": (changed("tpu_vm", "--config.accumulate=4"), "1024: .* take 1024"),
   "processes": (

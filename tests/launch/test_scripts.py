@@ -21,6 +21,7 @@ AWKWARD = (
   '--config.data.shards=gs://bucket/it\'s "so"/$HOME/`date`/\\n/*/{a}/%(b)s/#!&',
   "--config.base=gs://bucket/anole",
   "--config.batch_size=512",
+  "--config.mesh.data=2",
 )
 TRAINING = ["-m", "aromni_jax.train", *AWKWARD]
 CLOUD = ("--project=p", "--zone=z", "--name=first")
@@ -292,9 +293,10 @@ def test_slurm_queues_a_job_at_its_time_limit_again(place, number, requeued):
 
 def test_colab_cells_pass_the_line(place):
   argv = ("--target=colab", "--topology=v5e:1x1", "--repository=unused", "--name=first")
-  (file,) = run.plan([*argv, "--", *AWKWARD])[1].files
+  line = [a for a in AWKWARD if a != "--config.mesh.data=2"]  # one chip
+  (file,) = run.plan([*argv, "--", *line])[1].files
   (cell,) = (c for c in json.loads(file.text)["cells"] if "aromni_jax.train" in str(c["source"]))
   magic, *lines = cell["source"]
   assert magic == "%%bash\n"
   subprocess.run(["bash", "-c", "".join(lines)], cwd=place.path, env=place.env, check=True)
-  assert place.records("trainings") == [[TRAINING, "tpu,cpu"]]
+  assert place.records("trainings") == [[["-m", "aromni_jax.train", *line], "tpu,cpu"]]
