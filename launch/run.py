@@ -10,6 +10,7 @@ running training.
 
 import argparse
 import copy
+import os
 import pathlib
 import re
 import subprocess
@@ -183,7 +184,10 @@ def _help(option: Option) -> str:
 
 
 def execute(rendered: Rendered) -> int:
-  """Writes the files and runs the commands in the checkout; returns the first exit code not 0.
+  """Writes the files and runs the commands in the checkout, the last one in place of this process.
+
+  Returns:
+    the first exit code that is not 0, or 0 if there is no command.
 
   Raises:
     FileNotFoundError: if a program is not on PATH, before anything is written.
@@ -194,10 +198,15 @@ def execute(rendered: Rendered) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(file.text)
     print(f"wrote {path}", flush=True)
-  for command in rendered.commands:
+  for command in rendered.commands[:-1]:
     code = subprocess.run(command, cwd=ROOT).returncode
     if code:
       return code
+  if rendered.commands:
+    sys.stdout.flush()
+    os.chdir(ROOT)
+    last = rendered.commands[-1]
+    os.execvp(last[0], last)  # in place of this process, so that signals reach it
   return 0
 
 

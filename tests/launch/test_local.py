@@ -90,12 +90,16 @@ def test_a_training_survives_the_death_of_a_process(shards, tmp_path):
     command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
   )
   lines, killed = [], False
-  for text in launcher.stdout:
-    lines.append(text)
-    metrics = workdir / "metrics.jsonl"
-    if not killed and metrics.exists() and '"step": 4,' in metrics.read_text():
-      killed = True
-      _kill_process_one(str(workdir))
+  metrics = workdir / "metrics.jsonl"
+  try:
+    for text in launcher.stdout:
+      lines.append(text)
+      if not killed and metrics.exists() and '"step": 4,' in metrics.read_text():
+        killed = True
+        _kill_process_one(str(workdir))
+  finally:
+    if sys.exc_info()[0]:
+      launcher.terminate()
   output = "".join(lines)
   assert launcher.wait(timeout=300) == 0, output[-3000:]
   assert killed and "== ended with exit code 137; 1 restarts left" in output, output[-3000:]

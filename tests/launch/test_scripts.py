@@ -300,3 +300,17 @@ def test_colab_cells_pass_the_line(place):
   assert magic == "%%bash\n"
   subprocess.run(["bash", "-c", "".join(lines)], cwd=place.path, env=place.env, check=True)
   assert place.records("trainings") == [[["-m", "aromni_jax.train", *line], "tpu,cpu"]]
+
+
+def test_signals_reach_what_was_launched(place):
+  """Without --dry-run: the command takes the launcher's place, and is told to save."""
+  (place.path / "wait").touch()
+  own = ("--target=local", f"--python={place.path / 'bin/python'}", f"--out={place.path}")
+  line = ("--config=configs/demo.py:tiny", "--workdir=two words")
+  command = [sys.executable, "-m", "launch.run", *own, "--", *line]
+  launcher = subprocess.Popen(command, cwd=run.ROOT, env=place.env)
+  place.wait_for("waiting")
+  launcher.terminate()
+  assert launcher.wait(timeout=30) == 0
+  ((argv, _),) = place.records("trainings")
+  assert argv[:2] == ["-m", "launch.processes"] and argv[-3:] == ["--", *line]
