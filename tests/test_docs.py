@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 from aromni_jax.cli import JOBS
 from configs import demo
+from launch import run
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,6 +41,39 @@ def test_flags_of_pipelines_exist(module):
   lines = re.findall(rf"data_pipelines\.{module} ([^\n`|]*)", TEXT)
   used = {flag for line in lines for flag in re.findall(r"--(\w+)", line)}
   assert used and used <= flags_of(f"data_pipelines.{module}")
+
+
+def launches():
+  """Yields the launch of every page: its own arguments and its training line."""
+  for line in re.findall(r"^ +\S*python -m launch\.run (.*)$", TEXT, re.M):
+    own, _, training = line.partition(" -- ")
+    yield shlex.split(own), shlex.split(training)
+
+
+def test_launches_name_targets_and_flags_that_exist():
+  seen = set()
+  for own, training in launches():
+    options = run.make_parser(dict(a[2:].split("=", 1) for a in own if "=" in a)["target"])
+    target = options.parse_args(own).target  # ends the test if an option does not exist
+    seen.add(target)
+    used = {a[2:].split("=")[0] for a in training} - {"config"}
+    assert {a for a in used if not a.startswith("config.")} <= flags_of("aromni_jax.train")
+  assert seen == set(run.TARGETS)
+
+
+@pytest.mark.parametrize("own, training", launches(), ids=lambda x: x[0])
+def test_launches_render(own, training):
+  """Each is a launch that would be made: nothing about it is refused."""
+  assert run.plan([*own, "--", *training])[1].script()
+
+
+def test_every_option_of_the_launcher_is_on_its_page():
+  page = (ROOT / "docs/launch.md").read_text()
+  described = set(re.findall(r"--([a-z][a-z-]*)", page))
+  # Where xpk and SLURM have words of their own, --help has ours.
+  left_to_help = {"account", "priority", "name", "out"}
+  options = {option.name for module in run.TARGETS.values() for option in module.OPTIONS}
+  assert options - left_to_help <= described
 
 
 def test_named_jobs_targets_and_files_exist():

@@ -1,0 +1,117 @@
+"""Compiler flags and environment variables that training runs with, each with its reason.
+
+The launcher exports them (`launch/`), and `aromni plan --compile` compiles with them.
+
+Sources: MaxText's benchmarks/xla_flags_library.py (TPU), NVIDIA's "Tips for High-Performance LLMs
+with JAX and XLA" and JAX's "GPU performance tips" (GPU).
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+  """A flag of XLA or libtpu: --name=value, and why it is set."""
+
+  name: str
+  value: str
+  reason: str
+
+  def __str__(self) -> str:
+    return f"--{self.name}={self.value}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variable:
+  """An environment variable, and why it is set."""
+
+  name: str
+  value: str
+  reason: str
+
+
+FLAGS: dict[str, tuple[Flag, ...]] = {
+  "tpu": (
+    Flag(
+      "xla_tpu_enable_async_collective_fusion",
+      "true",
+      "fuses collectives with the computation that hides them",
+    ),
+    Flag(
+      "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+      "true",
+      "the same for the gathers of parameters that fsdp splits",
+    ),
+    Flag(
+      "xla_tpu_enable_async_collective_fusion_multiple_steps",
+      "true",
+      "lets one collective be hidden by several operations",
+    ),
+    Flag(
+      "xla_tpu_overlap_compute_collective_tc",
+      "true",
+      "lets the tensor core compute while a fused collective moves data",
+    ),
+    Flag("xla_enable_async_all_gather", "true", "gathers start early and end when they are needed"),
+    Flag(
+      "xla_tpu_enable_data_parallel_all_reduce_opt",
+      "true",
+      "several slices: the sum of gradients over the network between slices overlaps the backward"
+      " pass",
+    ),
+    Flag(
+      "xla_tpu_data_parallel_opt_different_sized_ops",
+      "true",
+      "several slices: the same for gradients of different sizes",
+    ),
+  ),
+  "gpu": (
+    Flag(
+      "xla_gpu_enable_latency_hiding_scheduler",
+      "true",
+      "moves collectives so that computation hides them",
+    ),
+    Flag(
+      "xla_gpu_enable_pipelined_all_gather",
+      "true",
+      "fsdp: a layer's parameters are gathered while the layer before computes",
+    ),
+    Flag(
+      "xla_gpu_enable_pipelined_reduce_scatter",
+      "true",
+      "fsdp: a layer's gradients are scattered while the next layer computes",
+    ),
+  ),
+}
+
+VARIABLES: dict[str, tuple[Variable, ...]] = {
+  "tpu": (
+    Variable("JAX_PLATFORMS", "tpu,cpu", "a worker without its TPU fails at once"),
+    Variable("PYTHONUNBUFFERED", "1", "lines reach the log when they are written"),
+  ),
+  "gpu": (
+    Variable("JAX_PLATFORMS", "cuda,cpu", "a node without its GPUs fails at once"),
+    Variable(
+      "XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9", "0.75 is the default; NCCL and cuBLAS need the rest"
+    ),
+    Variable("PYTHONUNBUFFERED", "1", "lines reach the log when they are written"),
+  ),
+}
+
+# The variable that flags are read from.
+FLAGS_VARIABLE = {"tpu": "LIBTPU_INIT_ARGS", "gpu": "XLA_FLAGS"}
+
+
+def flags_value(platform: str) -> str:
+  """Returns the value of `FLAGS_VARIABLE[platform]`. Raises KeyError for an unknown platform."""
+  return " ".join(map(str, FLAGS[platform]))
+
+
+def environment(platform: str) -> dict[str, str]:
+  """Returns every environment variable of a run on "tpu" or "gpu".
+
+  Raises:
+    KeyError: for another platform.
+  """
+  values = {variable.name: variable.value for variable in VARIABLES[platform]}
+  return values | {FLAGS_VARIABLE[platform]: flags_value(platform)}

@@ -1,0 +1,1 @@
+"""Starts a training anywhere: `python -m launch.run --help`, docs/launch.md."""

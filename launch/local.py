@@ -1,0 +1,27 @@
+"""Processes of this machine, with its accelerators or with simulated CPU devices."""
+
+import sys
+
+from launch.job import Job, Option, Rendered, whole
+
+ABOUT = "processes of this machine"
+OPTIONS = (
+  Option("processes", "How many processes.", 1, kind=whole(1)),
+  Option("devices", "Simulated CPU devices per process; by default the real ones.", kind=whole(1)),
+  Option("python", "Interpreter that the package is installed in.", sys.executable),
+  Option("restarts", "How often all are started again after an abnormal end.", 3, kind=whole(0)),
+)
+
+
+def render(job: Job) -> Rendered:
+  """Returns the command that runs the processes, see launch/processes.py."""
+  options = job.options
+  simulated = ()
+  if options.devices is not None:
+    simulated = ("env", "JAX_PLATFORMS=cpu", f"JAX_NUM_CPU_DEVICES={options.devices}")
+  command = (
+    *simulated,
+    *(options.python, "-m", "launch.processes", f"--processes={options.processes}"),
+    *(f"--restarts={options.restarts}", f"--logs={job.folder}", "--", *job.arguments),
+  )
+  return Rendered(commands=(command,))

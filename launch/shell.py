@@ -1,0 +1,56 @@
+"""Pieces of shell scripts that several targets share."""
+
+import shlex
+
+from aromni_jax import xla_flags
+
+# What a worker needs to install the package and to read configurations.
+SOURCES = ("setup.py", "pyproject.toml", "aromni_jax", "configs")
+
+# Ends with 143 if it was told to stop, although the training has saved and left with 0: a run that
+# was stopped is not a finished one, and whoever restarts runs must be able to tell.
+SUPERVISE = """\
+stopped=
+trap 'stopped=1; kill -TERM "$child"' {signal}
+{command} &
+child=$!
+code=0
+wait "$child" || code=$?
+if [ -n "$stopped" ]; then
+  while kill -0 "$child" 2> /dev/null; do wait "$child" || true; done
+  code=143
+fi
+"""
+
+
+def pack(archive: str) -> tuple[str, ...]:
+  """Returns the command that packs the working tree, as it is, for workers."""
+  return ("tar", "--exclude=__pycache__", "-cf", archive, *SOURCES)
+
+
+def exports(platform: str) -> str:
+  """Returns lines that export flags and variables of "tpu" or "gpu", each with its reason."""
+  lines = []
+  for variable in xla_flags.VARIABLES[platform]:
+    lines += [f"# {variable.reason}", f"export {variable.name}={shlex.quote(variable.value)}"]
+  flags = xla_flags.FLAGS[platform]
+  lines += [f"# {flag}: {flag.reason}" for flag in flags]
+  name = xla_flags.FLAGS_VARIABLE[platform]
+  lines.append(f"export {name}={shlex.quote(xla_flags.flags_value(platform))}")
+  return "\n".join(lines) + "\n"
+
+
+def training(python: str, arguments: tuple[str, ...], coordinator: str | None = "auto") -> str:
+  """Returns the quoted command line of one process of a training."""
+  joins = (f"--coordinator={coordinator}",) if coordinator else ()
+  return shlex.join([python, "-m", "aromni_jax.train", *arguments, *joins])
+
+
+def supervise(command: str, signal: str = "TERM") -> str:
+  """Returns lines that run a command and leave its exit code in `code`.
+
+  Args:
+    command: the quoted command.
+    signal: what tells the script to stop; the command gets SIGTERM, and `code` becomes 143.
+  """
+  return SUPERVISE.format(command=command, signal=signal)

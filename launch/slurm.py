@@ -1,0 +1,89 @@
+"""SLURM with GPUs: one task per GPU.
+
+JAX reads SLURM's variables (--coordinator=auto) and then gives each process the one GPU of its
+local rank, so a task per node would leave GPUs idle, and every task must see all GPUs of its node
+(--gpus-per-node, not --gpus-per-task).
+"""
+
+import shlex
+import sys
+
+from launch import shell
+from launch.job import File, Job, Option, Rendered, whole
+
+ABOUT = "GPU nodes of a SLURM cluster"
+OPTIONS = (
+  Option("partition", "Partition; by default the cluster's."),
+  Option("account", "Account that is charged; by default the user's."),
+  Option("time", "Time limit, as sbatch reads it; the run goes on in a next job.", "24:00:00"),
+  Option("cpus-per-task", "CPU cores of a process.", 8, kind=whole(1)),
+  Option("setup", "Shell line before the training, e.g. 'module load cuda'.", ""),
+  Option("python", "Interpreter that the package is installed in.", sys.executable),
+  Option(
+    "restarts", "How often a crash is queued again; a time limit always is.", 3, kind=whole(0)
+  ),
+)
+
+_BATCH = """\
+#!/usr/bin/env bash
+{directives}
+# Two minutes before the time limit SLURM sends USR1 to this script alone (B:), which tells the
+# training to save and leave, and queues the job again. TERM comes from scancel, which must end the
+# job, and from a preemption, after which SLURM itself queues it again (--requeue).
+set -euo pipefail
+folder={folder}
+{setup}{exports}{supervise}\
+if [ "$code" = 143 ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+elif [ "$code" != 0 ]; then
+  echo "$code" >> "$folder/crashes-$SLURM_JOB_ID"
+  crashes=$(wc -l < "$folder/crashes-$SLURM_JOB_ID")
+  echo "ended with exit code $code, for the time $crashes of --restarts={restarts}" >&2
+  if [ "$crashes" -le {restarts} ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+fi
+exit "$code"
+"""
+
+
+def render(job: Job) -> Rendered:
+  """Returns the batch script and the sbatch command.
+
+  Raises:
+    ValueError: if the topology is not one of GPUs.
+  """
+  options, topology = job.options, job.topology
+  if topology.chip.platform != "gpu":
+    raise ValueError(
+      f"--topology={topology.name} has no GPU, which --target=slurm needs; expected e.g. h100:8; "
+      "TPUs run with --target=tpu_vm or --target=xpk"
+    )
+  gpus = topology.chips_per_slice
+  directives = {
+    "job-name": job.name,
+    "nodes": topology.slices,
+    "ntasks-per-node": gpus,
+    "gpus-per-node": gpus,
+    "cpus-per-task": options.cpus_per_task,
+    "time": options.time,
+    "partition": options.partition,
+    "account": options.account,
+    "output": f"{job.folder}/%j.log",
+    "open-mode": "append",
+    "signal": "B:USR1@120",
+  }
+  lines = [f"#SBATCH --{name}={value}" for name, value in directives.items() if value is not None]
+  # A task that fails ends the others at once.
+  srun = ["srun", "--kill-on-bad-exit=1", f"--output={job.folder}/%j-task%t.log"]
+  srun = shlex.join([*srun, "--open-mode=append"])
+  batch = _BATCH.format(
+    directives="\n".join([*lines, "#SBATCH --requeue"]),
+    folder=shlex.quote(job.folder),
+    setup=f"{options.setup}\n" if options.setup else "",
+    exports=shell.exports("gpu"),
+    supervise=shell.supervise(f"{srun} {shell.training(options.python, job.arguments)}", "USR1"),
+    restarts=options.restarts,
+  )
+  path = f"{job.folder}/train.sbatch"
+  return Rendered(files=(File(path, batch),), commands=(("sbatch", path),), tools=("sbatch",))
