@@ -30,6 +30,9 @@ RUN_AGAIN = 42
 
 _BEATS = "aromni_jax/beat/"
 
+# How errors of JAX begin that no other process is to blame for: no memory, a wrong program.
+_OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+
 
 @dataclasses.dataclass
 class _Beat:
@@ -261,7 +264,7 @@ def ending_together() -> Iterator[None]:
   except (Exception, KeyboardInterrupt) as e:
     if _peers is None:
       raise
-    if isinstance(e, jax.errors.JaxRuntimeError):
+    if isinstance(e, jax.errors.JaxRuntimeError) and not str(e).startswith(_OWN_FAULTS):
       print(f"An operation over all processes failed: {e}", file=sys.stderr, flush=True)
       time.sleep(_peers.host_timeout + 3 * _peers.interval + 2)
       traceback.print_exc()

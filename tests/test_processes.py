@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from aromni_jax import checkpoint, processes
+from aromni_jax.config import TrainConfig, to_dataclass
 from tests.test_train_loop import ROOT, command, losses, make_config, start, train, wait_for
 
 # Joins, and does what its argument says; `beat` is a step of a run.
@@ -196,11 +197,11 @@ def test_a_port_that_is_taken_is_named():
       processes.join(f"localhost:{port}", 2, 0, join_timeout=3, host_timeout=3)
 
 
-def start_all(shards, workdir, count, devices, *more):
+def start_all(shards, workdir, count, devices, *more, own=lambda i: ()):
   address = f"--coordinator=localhost:{free_port()}"
   flags = [address, f"--num_processes={count}", "--host_timeout=10", "--config.eval_batches=0"]
   return [
-    start(command(shards, workdir, *flags, f"--process_id={i}", *more), devices=devices)
+    start(command(shards, workdir, *flags, f"--process_id={i}", *more, *own(i)), devices=devices)
     for i in range(count)
   ]
 
@@ -215,6 +216,26 @@ def end_all(workers):
   return [w.returncode for w in workers], logs
 
 
+def test_runs_with_other_configurations_are_named(shards, tmp_path):
+  workers = start_all(shards, tmp_path, 2, 1, own=lambda i: [f"--config.optimizer.b1=0.{8 + i}"])
+  statuses, logs = end_all(workers)
+  assert statuses == [1, 1], logs
+  for log in logs:
+    assert "config.optimizer.b1 is '0.9' in process 1, '0.8' in 0." in log and "batch" not in log
+  assert not list(tmp_path.iterdir())  # before anything is written
+
+
+def test_facts_are_of_config_code_packages_and_data(shards):
+  manifest = shards / "manifest.json"
+  a, b = (
+    processes.facts(to_dataclass(TrainConfig, make_config(shards, seed=s).to_dict()), manifest)
+    for s in (0, 1)
+  )
+  assert {name for name in a if a[name] != b[name]} == {"config.seed"}
+  assert {"jax version", "python", "aromni_jax", "XLA_FLAGS", str(manifest)} <= a.keys()
+  assert "missing" not in a.values() and len(a) > 60
+
+
 def test_a_run_survives_on_other_processes_and_meshes(shards, tmp_path):
   """Four processes until one is killed, two until one is told to leave, then one: the losses of an
   unbroken run in one process, with mixing and packing."""
@@ -222,6 +243,7 @@ def test_a_run_survives_on_other_processes_and_meshes(shards, tmp_path):
   changes = {
     "optimizer.schedule": "constant",
     "optimizer.name": "adam",  # fewer collectives, which are slow between processes
+    "model.num_layers": 1,
     "checkpoint_every": 2,
     "export_dtype": "float32",
   }
