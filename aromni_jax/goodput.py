@@ -48,10 +48,12 @@ class Goodput:
     self._path = pathlib.Path(workdir) / "attempts.jsonl" if workdir else None
     self._earlier = _read_attempts(self._path) if self._path else []
     self._start = 0
+    self._before = _totals(self._earlier, 0, self._began_wall)
 
   def begin(self, step: int) -> None:
     """Says which step this attempt goes on from, and notes that it is there."""
     self._start = step
+    self._before = _totals(self._earlier, step, self._began_wall)
     if self._path and self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
       with self._path.open("a") as f:
         f.write("\n")  # ends a line that a kill has torn
@@ -108,7 +110,8 @@ class Goodput:
 
   def totals(self) -> dict[str, float]:
     """Returns the seconds of every activity over all attempts; they add up to the wall time."""
-    return _totals([*self._earlier, [self._line(self._start)]])
+    self._count()
+    return {a: seconds + self._seconds[a] for a, seconds in self._before.items()}
 
   def shares(self) -> dict[str, float]:
     """Returns `goodput` and, per other activity with any time, `goodput/<activity>`; their sum is
@@ -141,32 +144,29 @@ def _read_attempts(path: pathlib.Path) -> list[list[dict[str, Any]]]:
   return [attempts[number] for number in sorted(attempts)]
 
 
-def _totals(attempts: list[list[dict[str, Any]]]) -> dict[str, float]:
-  """Seconds of every activity.
+def _totals(attempts: list[list[dict[str, Any]]], start: int, began: float) -> dict[str, float]:
+  """Seconds of every activity in earlier attempts, and between them and this one.
 
   A step counts once: what an attempt did after the step that a later one went on from is redone.
+
+  Args:
+    attempts: their lines.
+    start, began: the step that this attempt goes on from, and its time.
   """
   totals = dict.fromkeys(ACTIVITIES, 0.0)
-  for i, lines in enumerate(attempts):
+  for lines in reversed(attempts):
     last = lines[-1]
     for activity, seconds in last["seconds"].items():
       totals[activity] += seconds
-    later = attempts[i + 1 :]
-    kept = min((x[0]["start"] for x in later), default=None)
-    if kept is not None:
-      steps = [last["start"], *(x["step"] for x in lines)]
-      spent = [0.0, *(x["seconds"].get("step", 0.0) for x in lines)]
-      # A later line of the same step has what was spent on it; np.interp takes rising steps.
-      table = dict(zip(steps, spent, strict=True))
-      counted = float(np.interp(kept, list(table), list(table.values())))
-      if kept <= last["start"]:
-        counted = 0.0
-      lost = max(0.0, spent[-1] - counted)
-      totals["redone"] += lost
-      totals["step"] -= lost
-      if last["end"] != "finished":  # what comes after the end is a run that goes on further
-        gap = attempts[i + 1][0]["began"] - (last["began"] + last["elapsed"])
-        totals["down"] += max(0.0, gap)
+    # A later line of the same step has what was spent on it; np.interp takes rising steps.
+    spent = {last["start"]: 0.0} | {x["step"]: x["seconds"].get("step", 0.0) for x in lines}
+    all_spent = last["seconds"].get("step", 0.0)
+    counts = np.interp(start, list(spent), list(spent.values())) if start > last["start"] else 0.0
+    totals["redone"] += all_spent - counts
+    totals["step"] -= all_spent - counts
+    if last["end"] != "finished":  # what comes after the end is a run that goes on further
+      totals["down"] += max(0.0, began - (last["began"] + last["elapsed"]))
+    start, began = min(start, last["start"]), last["began"]
   return totals
 
 

@@ -69,18 +69,19 @@ def train(
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
   _check_batch(config, mesh)
   goodput = Goodput(workdir if jax.process_index() == 0 else None, began)
-  with jax.set_mesh(mesh):
-    return _Run(config, workdir, base, mesh, goodput, window).run()
+  watchdog = watch.Watchdog(config.step_timeout, config.phase_timeout)
+  with contextlib.closing(watchdog), jax.set_mesh(mesh):
+    return _Run(config, workdir, base, mesh, goodput, watchdog, window).run()
 
 
 class _Run:
   """State of one call of `train`."""
 
-  def __init__(self, config, workdir, base, mesh, goodput, window):
+  def __init__(self, config, workdir, base, mesh, goodput, watchdog, window):
     self.config, self.workdir, self.base, self.mesh = config, workdir, base, mesh
-    self.goodput, self.window = goodput, window
-    self.watchdog = watch.Watchdog(config.step_timeout, config.phase_timeout)
+    self.goodput, self.watchdog, self.window = goodput, watchdog, window
     self.done = 0  # steps
+    self.known: set[tuple[int, str]] = set()  # figures that need not be made again, by step
     image_codec = base.needed("image_codec")
     self.table = jnp.asarray(model_dir.perceptual_table(base.path, image_codec))
     optimizer = make_optimizer(config.optimizer)
@@ -109,12 +110,6 @@ class _Run:
     self.rows = sharding.batch_sharding(mesh)
 
   def run(self) -> nnx.Module:
-    try:
-      return self._run()
-    finally:
-      self.watchdog.close()
-
-  def _run(self) -> nnx.Module:
     data = self._iterator(self.config.data)
     checkpoints = Checkpoints(self.workdir, self.config.checkpoints_kept)
     with self._doing("restore" if checkpoints.latest_step is not None else "initialisation"):
@@ -148,7 +143,7 @@ class _Run:
     """All steps that are left; returns the state, and whether a preemption ended them."""
     config, start = self.config, self.done
     preemption = _Preemption()
-    self.known = {(start, name) for name in self._known(writer)}
+    self.known = self._figures(writer)
     clock = _Clock(config, start, self.goodput)
     # A run that was killed between a checkpoint and what was due after it makes up for that.
     self._look(state, writer)
@@ -283,9 +278,10 @@ class _Run:
       100 * shares["goodput"],
     )
 
-  def _known(self, writer: metrics_lib.Writer) -> list[str]:
-    """Names of the figures that the first process has of the step that the run goes on from."""
-    return json.loads(processes.gather("figures", json.dumps(sorted(writer.names)))[0])
+  def _figures(self, writer: metrics_lib.Writer) -> set[tuple[int, str]]:
+    """What the first process has written of the step that the run goes on from."""
+    names = json.loads(processes.gather("figures", json.dumps(sorted(writer.names)))[0])
+    return {(self.done, name) for name in names}
 
   def _look(self, state: Any, writer: metrics_lib.Writer, final: bool = False) -> None:
     """The evaluation and the samples that are due after the last step and not known yet."""

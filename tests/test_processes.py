@@ -3,12 +3,14 @@
 What needs no model runs in workers of a second or two; training has one chain of runs.
 """
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -79,16 +81,16 @@ class Workers:
     ]
 
   def ends(self, but=None):
-    """Statuses and outputs, once all but one have ended; that one is killed."""
-    out = {}
-    try:
-      for i, worker in enumerate(self._workers):
+    """Statuses and outputs, once all but one have ended; that one, and what hangs, is killed."""
+    deadline = time.monotonic() + 60
+    for i, worker in enumerate(self._workers):
+      with contextlib.suppress(subprocess.TimeoutExpired):
         if i != but:
-          out[i] = (worker.wait(timeout=60), worker.communicate()[0])
-    finally:
-      for worker in self._workers:
-        worker.kill()
-    return [out[i] for i in sorted(out)]
+          worker.wait(timeout=max(0.0, deadline - time.monotonic()))
+    for worker in self._workers:
+      worker.kill()
+    out = [(worker.wait(), worker.communicate()[0]) for worker in self._workers]
+    return [x for i, x in enumerate(out) if i != but]
 
 
 @pytest.fixture(scope="module")
