@@ -42,6 +42,8 @@ class TrainConfig:
   checkpoints_kept: int
   sample_every: int
   export_dtype: str
+  step_timeout: float
+  phase_timeout: float
   model: DecoderConfig
   data: DataConfig
   loss: LossConfig
@@ -52,6 +54,9 @@ class TrainConfig:
     for name in ("batch_size", "accumulate", "num_steps", "log_every", "checkpoint_every"):
       if getattr(self, name) < 1:
         raise ValueError(f"config.{name} is {getattr(self, name)}; it must be at least 1")
+    for name in ("step_timeout", "phase_timeout"):
+      if getattr(self, name) < 0:
+        raise ValueError(f"config.{name} is {getattr(self, name)}; it must be >= 0, 0 is any time")
     if self.batch_size % self.accumulate:
       raise ValueError(
         f"config.batch_size {self.batch_size} is not a multiple of config.accumulate "

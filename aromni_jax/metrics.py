@@ -18,6 +18,15 @@ def peak_flops() -> float | None:
   return chip.peak_flops * jax.device_count() if chip else None
 
 
+def memory() -> dict[str, float]:
+  """Returns the GiB that are and were at most in use on the fullest device of this process, or
+  nothing where the platform does not count them (CPU)."""
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  names = {"memory/in_use_gib": "bytes_in_use", "memory/peak_gib": "peak_bytes_in_use"}
+  found = {ours: [s[theirs] for s in stats if theirs in s] for ours, theirs in names.items()}
+  return {name: max(values) / hardware.GIB for name, values in found.items() if values}
+
+
 class Writer:
   """Writes figures of the first process; the others' calls do nothing.
 
@@ -25,19 +34,28 @@ class Writer:
     workdir: `metrics.jsonl` and `tensorboard/` are made in it; lines after `step` are cut, so that
       a resumed run has every step once.
     step: the step that the run goes on from.
+
+  Attributes:
+    names: of the figures of `step` that are there already; empty in all processes but the first.
   """
 
   def __init__(self, workdir: str | os.PathLike, step: int):
     self._active = jax.process_index() == 0
+    self.names: frozenset[str] = frozenset()
     if not self._active:
       return
     path = pathlib.Path(workdir) / "metrics.jsonl"
     if path.exists():
       lines = path.read_text().splitlines()
       kept = [line for line in lines if _step_of(line) <= step]
-      path.write_text("".join(line + "\n" for line in kept))
+      self.names = frozenset(n for x in map(json.loads, kept) if x["step"] == step for n in x)
+      partial = path.with_name(path.name + ".partial")
+      partial.write_text("".join(line + "\n" for line in kept))
+      partial.replace(path)
     self._file = path.open("a")
-    self._board = tensorboardX.SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"))
+    # TensorBoard forgets what a killed attempt wrote after the step.
+    purge = {"purge_step": step + 1} if step else {}
+    self._board = tensorboardX.SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"), **purge)
 
   def write(self, step: int, values: dict[str, float]) -> None:
     """Writes one line of scalars."""

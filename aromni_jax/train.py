@@ -7,47 +7,58 @@ DIR/model, losses are in DIR/metrics.jsonl and DIR/tensorboard.
 
 A run of several processes (hosts) has the same command in each, with --coordinator=auto where JAX
 finds the others itself (TPU pod, SLURM, GKE), else with --coordinator=HOST:PORT of the first one,
---num_processes and --process_id. They share --workdir.
+--num_processes and --process_id. They share --workdir. docs/running.md says what happens when one
+of them dies, hangs or is preempted. Exit status: 0 done; 42, or 128 and more: start the same
+command again; 1: an error that would come again.
 """
 
-import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
+import time
 
-from aromni_jax import logs
-from aromni_jax.config import TrainConfig, to_dataclass
+_BEGAN = time.monotonic()  # before the imports that take seconds
+
+from absl import app, flags, logging  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
+
+from aromni_jax import logs, processes, watch  # noqa: E402
+from aromni_jax.config import TrainConfig, to_dataclass  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file, with :argument if it takes one.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it does not exist.")
+_PROFILE_STEPS = flags.DEFINE_string(
+  "profile_steps", None, "START:STOP, steps whose profile is written to WORKDIR/profile."
+)
 
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "Joins several processes to one run: auto, or HOST:PORT of the first."
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many, with HOST:PORT.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
+_JOIN_TIMEOUT = flags.DEFINE_integer(
+  "join_timeout", 300, "Seconds that processes wait for each other at the start."
+)
+_HOST_TIMEOUT = flags.DEFINE_integer(
+  "host_timeout", 60, "Seconds without a sign of life after which a process is given up."
+)
 
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
-  with logs.clear_errors():
-    _join_processes()
+  with logs.clear_errors(), watch.ending_together():
+    processes.join(
+      _COORDINATOR.value,
+      _NUM_PROCESSES.value,
+      _PROCESS_ID.value,
+      join_timeout=_JOIN_TIMEOUT.value,
+      host_timeout=_HOST_TIMEOUT.value,
+    )
     from aromni_jax import train_loop  # after the processes have met: it starts the devices
 
     config = to_dataclass(TrainConfig, _CONFIG.value.to_dict())
     logging.info("Training %d parameters.", config.model.num_params())
-    train_loop.train(config, _WORKDIR.value)
-
-
-def _join_processes() -> None:
-  if _COORDINATOR.value == "auto":
-    jax.distributed.initialize()
-  elif _COORDINATOR.value:
-    if _NUM_PROCESSES.value is None or _PROCESS_ID.value is None:
-      raise ValueError("--coordinator=HOST:PORT also needs --num_processes and --process_id")
-    jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    train_loop.train(config, _WORKDIR.value, profile_steps=_PROFILE_STEPS.value, began=_BEGAN)
 
 
 def run() -> None:

@@ -1,10 +1,13 @@
 """The training loop: batches in, steps, metrics, evaluations and checkpoints out."""
 
+import contextlib
 import dataclasses
+import json
 import pathlib
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,19 +15,27 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from aromni_jax import metrics as metrics_lib
-from aromni_jax import model_dir, sharding
+from aromni_jax import model_dir, processes, profiling, sharding, watch
 from aromni_jax import train_step as step_lib
 from aromni_jax.checkpoint import Checkpoints
 from aromni_jax.config import TrainConfig
 from aromni_jax.data.pipeline import DataConfig, TrainIterator, make_train_iterator
+from aromni_jax.goodput import Goodput
 from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.optimizer import learning_rate, make_optimizer
 from aromni_jax.samples import write_samples
 
 
-def train(config: TrainConfig, workdir: str) -> nnx.Module:
+def train(
+  config: TrainConfig,
+  workdir: str,
+  *,
+  profile_steps: str | None = None,
+  began: float | None = None,
+) -> nnx.Module:
   """Trains (or goes on training) a decoder, writes it to `workdir/model` and returns it.
 
   A run goes on from its newest checkpoint: state, data position and step are restored, so that
@@ -33,11 +44,17 @@ def train(config: TrainConfig, workdir: str) -> nnx.Module:
   Args:
     config: the run.
     workdir: checkpoints, metrics and the trained model directory go here.
+    profile_steps: START:STOP of the steps whose profile is written to `workdir/profile`.
+    began: `time.monotonic()` when the process began, for the goodput; now by default.
 
   Raises:
     FloatingPointError: if the loss stops being finite; nothing is saved from then on.
+    SystemExit: with `watch.RUN_AGAIN` after a preemption, when all is saved.
     ValueError, FileNotFoundError: for wrong input, see the parts.
   """
+  window = profiling.parse_window(profile_steps, config.num_steps)
+  processes.agree(processes.facts(config, pathlib.Path(config.data.shards) / "manifest.json"))
+  processes.check_workdir(workdir)
   base = model_dir.load_model(config.base, decoder=False)
   if config.model.vocab_size != base.vocabulary.size:
     raise ValueError(
@@ -50,15 +67,21 @@ def train(config: TrainConfig, workdir: str) -> nnx.Module:
       "processes differ; use config.num_steps"
     )
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-  with jax.set_mesh(mesh):
-    return _Run(config, workdir, base, mesh).run()
+  _check_batch(config, mesh)
+  goodput = Goodput(workdir if jax.process_index() == 0 else None, began)
+  watchdog = watch.Watchdog(config.step_timeout, config.phase_timeout)
+  with contextlib.closing(watchdog), jax.set_mesh(mesh):
+    return _Run(config, workdir, base, mesh, goodput, watchdog, window).run()
 
 
 class _Run:
   """State of one call of `train`."""
 
-  def __init__(self, config, workdir, base, mesh):
+  def __init__(self, config, workdir, base, mesh, goodput, watchdog, window):
     self.config, self.workdir, self.base, self.mesh = config, workdir, base, mesh
+    self.goodput, self.watchdog, self.window = goodput, watchdog, window
+    self.done = 0  # steps
+    self.known: set[tuple[int, str]] = set()  # figures that need not be made again, by step
     image_codec = base.needed("image_codec")
     table = np.asarray(model_dir.perceptual_table(base.path, image_codec))
     placement = sharding.table_sharding(mesh)
@@ -91,53 +114,93 @@ class _Run:
   def run(self) -> nnx.Module:
     data = self._iterator(self.config.data)
     checkpoints = Checkpoints(self.workdir, self.config.checkpoints_kept)
-    state, step = self._start(checkpoints, data)
-    writer = metrics_lib.Writer(self.workdir, step)
+    with self._doing("restore" if checkpoints.latest_step is not None else "initialisation"):
+      state, self.done = self._start(checkpoints, data)
+      jax.block_until_ready(state)
+    writer = metrics_lib.Writer(self.workdir, self.done)
+    self.goodput.begin(self.done)
+    profiler = profiling.Profiler(self.window, f"{self.workdir}/profile", self.done)
     try:
-      state, step, stopped = self._steps(state, step, data, checkpoints, writer)
+      with self._doing("step"):
+        state, preempted = self._steps(state, data, checkpoints, writer, profiler)
     finally:
-      checkpoints.close()  # a save that has begun is finished, whatever happened
-    if stopped:
-      logging.info("SIGTERM: saved step %d and left; the same command goes on from it.", step)
-      raise SystemExit(0)
-    if self.config.eval_batches:
-      writer.write(step, self._evaluate(state))
+      profiler.close()
+      with self._doing("checkpoint"):
+        checkpoints.close()  # a save that has begun is finished, whatever happened
+    if not preempted:
+      with self._doing("export"):
+        decoder = self._decoder(state)
+        path = f"{self.workdir}/model"
+        model_dir.export(path, self.base.path, decoder, self.config.export_dtype)
+      logging.info("Wrote the model directory %s.", path)
+    self.goodput.record(self.done, "preempted" if preempted else "finished")
     writer.close()
-    decoder = self._decoder(state)
-    model_dir.export(f"{self.workdir}/model", self.base.path, decoder, self.config.export_dtype)
-    logging.info("Wrote the model directory %s/model.", self.workdir)
+    logging.info("%s", self.goodput.table())
+    if preempted:
+      logging.info("Preempted: saved step %d; the same command goes on from it.", self.done)
+      raise SystemExit(watch.RUN_AGAIN)
     return decoder
 
-  def _steps(self, state, step, data, checkpoints, writer) -> tuple[Any, int, bool]:
-    """All steps from `step` on; returns the state, the step, and whether SIGTERM ended them."""
-    config = self.config
-    stop = _stop_on_sigterm()
-    clock = _Clock(config, step)
+  def _steps(self, state, data, checkpoints, writer, profiler) -> tuple[Any, bool]:
+    """All steps that are left; returns the state, and whether a preemption ended them."""
+    config, start = self.config, self.done
+    preemption = _Preemption()
+    self.known = self._figures(writer)
+    clock = _Clock(config, start, self.goodput)
+    # A run that was killed between a checkpoint and what was due after it makes up for that.
+    self._look(state, writer)
     pending = None  # metrics of the step before, fetched while the next one runs
-    while clock.progress(step) < 1.0 and not stop.is_set():
-      batch = self._place(next(data))
-      rate = learning_rate(config.optimizer, step, clock.progress(step))
-      state, metrics = self.step_fn(state, batch, self.table, jnp.float32(rate))
-      step += 1
+    preempted = False
+    while clock.progress(self.done) < 1.0 and not (preempted := preemption.reached(self.done)):
+      batch = self._next(data, pending)
+      rate = learning_rate(config.optimizer, self.done, clock.progress(self.done))
+      profiler.before(self.done + 1)
+      trace = jax.profiler.StepTraceAnnotation("train", step_num=self.done + 1)
+      with self._doing("compile" if self.done == start else "step"), trace:
+        state, metrics = self.step_fn(state, batch, self.table, jnp.float32(rate))
+      self.done += 1
       checkpoints.check()
+      with self._doing("profile"):
+        profiler.after(self.done, metrics)
       if pending is not None:
         self._report(*pending, clock, writer)
-      pending = step, metrics
-      if step % config.checkpoint_every == 0 or step % config.log_every == 0:
+      pending = self.done, metrics
+      save = self.done % config.checkpoint_every == 0
+      if save or self.done % config.log_every == 0:
         self._report(*pending, clock, writer)
         pending = None
-      if step % config.checkpoint_every == 0:
-        checkpoints.save(step, state, data.get_state(), self._saved_config())
-      if config.eval_every and step % config.eval_every == 0:
-        writer.write(step, self._evaluate(state))
-      if config.sample_every and step % config.sample_every == 0:
-        model = dataclasses.replace(self.base, decoder=self._decoder(state))
-        write_samples(step, model, writer)
+      if save:
+        self._save(checkpoints, state, data)
+      self._look(state, writer)
     if pending is not None:
       self._report(*pending, clock, writer)
-    if checkpoints.latest_step != step:
-      checkpoints.save(step, state, data.get_state(), self._saved_config())
-    return state, step, stop.is_set()
+    if checkpoints.latest_step != self.done:
+      self._save(checkpoints, state, data)
+    if not preempted:
+      self._look(state, writer, final=True)
+    return state, preempted
+
+  @contextlib.contextmanager
+  def _doing(self, activity: str) -> Iterator[None]:
+    """Counts the time of an activity, and tells the watchdog that it begins and ends."""
+    before = self.watchdog.activity
+    self.watchdog.note(self.done, activity)
+    with self.goodput.measure(activity):
+      yield
+    self.watchdog.note(self.done, before)
+
+  def _next(self, data: TrainIterator, pending: tuple[int, Any] | None):
+    """The next batch on the devices. What they waited for it is counted, at most."""
+    began = time.monotonic()
+    batch = self._place(next(data))
+    if pending is None or pending[1]["loss"].is_ready():
+      self.goodput.move(time.monotonic() - began, "data_wait")
+    return batch
+
+  def _save(self, checkpoints: Checkpoints, state: Any, data: TrainIterator) -> None:
+    with self._doing("checkpoint"):
+      checkpoints.save(self.done, state, data.get_state(), self._saved_config())
+    self.goodput.record(self.done)
 
   def _iterator(self, config: DataConfig) -> TrainIterator:
     return make_train_iterator(
@@ -193,23 +256,54 @@ class _Run:
         f"{values['grad_norm']}; nothing was saved after it. Lower "
         "config.optimizer.learning_rate, or go on from the last checkpoint with other data"
       )
+    self.watchdog.note(step, "step")
+    self.watchdog.first_step_is_done()
     clock.count(values["tokens"])
     if step % self.config.log_every:
       return
-    speed = clock.speed()
+    speed = clock.speed(step)
     flops = self.config.model.flops_per_token(self.config.data.sequence_length)
     peak = metrics_lib.peak_flops()
     if peak:
       speed["mfu"] = speed["tokens_per_second"] * flops / peak
     values = {k: v for k, v in values.items() if v or not k.startswith(("task/", "modality/"))}
-    writer.write(step, values | speed)
+    self.goodput.record(step)
+    memory, shares = metrics_lib.memory(), self.goodput.shares()
+    writer.write(step, values | speed | memory | shares)
     logging.info(
       "step %d (%.0f %%) loss %.4f, text %.3f image %.3f speech %.3f, rate %.2e, norm %.2f, "
-      "%.0f tokens/s",
+      "%.0f tokens/s, %.3f s/step, data wait %.0f %%%s%s, goodput %.0f %%",
       *(step, 100 * clock.progress(step), values["loss"]),
       *(values.get(f"modality/{m}", 0.0) for m in ("text", "image", "speech")),
       *(values["learning_rate"], values["grad_norm"], speed["tokens_per_second"]),
+      *(speed["step_seconds"], 100 * speed["data_wait"]),
+      f", MFU {100 * speed['mfu']:.0f} %" if "mfu" in speed else "",
+      f", HBM {memory['memory/peak_gib']:.1f} GiB" if "memory/peak_gib" in memory else "",
+      100 * shares["goodput"],
     )
+
+  def _figures(self, writer: metrics_lib.Writer) -> set[tuple[int, str]]:
+    """What the first process has written of the step that the run goes on from."""
+    names = json.loads(processes.gather("figures", json.dumps(sorted(writer.names)))[0])
+    return {(self.done, name) for name in names}
+
+  def _look(self, state: Any, writer: metrics_lib.Writer, final: bool = False) -> None:
+    """The evaluation and the samples that are due after the last step and not known yet."""
+    config = self.config
+    evaluates = config.eval_batches and (final or self._every(config.eval_every))
+    if evaluates and (self.done, "validation/loss") not in self.known:
+      with self._doing("evaluation"):
+        writer.write(self.done, self._evaluate(state))
+      self.known.add((self.done, "validation/loss"))
+    if self._every(config.sample_every) and (self.done, "samples") not in self.known:
+      with self._doing("samples"):
+        model = dataclasses.replace(self.base, decoder=self._decoder(state))
+        write_samples(self.done, model, writer)
+      writer.write(self.done, {"samples": 1.0})  # a mark: they are there
+      self.known.add((self.done, "samples"))
+
+  def _every(self, steps: int) -> bool:
+    return bool(steps and self.done and self.done % steps == 0)
 
   def _evaluate(self, state) -> dict[str, float]:
     """Means over the first batches of the validation split, whose samples are whole and clean."""
@@ -218,6 +312,7 @@ class _Run:
     )
     data, total = self._iterator(clean), None
     for _ in range(self.config.eval_batches):
+      self.watchdog.note(self.done, "evaluation")
       out = self.eval_fn(state.params, self._place(next(data)), self.table)
       total = out if total is None else jax.tree.map(jnp.add, total, out)
     values = jax.device_get(step_lib.summarise(*total, self.config.loss))
@@ -247,10 +342,10 @@ def _check_same_function(config: TrainConfig, base: pathlib.Path) -> None:
 class _Clock:
   """Progress and speed of a run."""
 
-  def __init__(self, config: TrainConfig, step: int):
-    self._config, self._began = config, time.time()
-    self._start = step
-    self._tokens, self._since = 0.0, time.time()
+  def __init__(self, config: TrainConfig, step: int, goodput: Goodput):
+    self._config, self._began, self._goodput = config, time.monotonic(), goodput
+    self._start = self._step = step
+    self._tokens, self._since, self._waited = 0.0, *self._seconds()
 
   def progress(self, step: int) -> float:
     """Share of the run that is done, by steps or, with `max_minutes`, by the clock if that is more.
@@ -261,23 +356,67 @@ class _Clock:
     if not self._config.max_minutes:
       return done
     if step <= self._start + 1:
-      self._began = time.time()
-    return max(done, (time.time() - self._began) / (60 * self._config.max_minutes))
+      self._began = time.monotonic()
+    return max(done, (time.monotonic() - self._began) / (60 * self._config.max_minutes))
 
   def count(self, tokens: float) -> None:
     self._tokens += tokens
 
-  def speed(self) -> dict[str, float]:
-    """Real tokens per second since the last call."""
-    now = time.time()
-    out = {"tokens_per_second": self._tokens / max(now - self._since, 1e-9)}
-    self._tokens, self._since = 0.0, now
+  def speed(self, step: int) -> dict[str, float]:
+    """Real tokens per second, seconds of a step and share of waiting for data since the last call,
+    without compiling, saves, evaluations and the like."""
+    steps, waited = self._seconds()
+    spent = max(steps - self._since, 1e-9)
+    out = {
+      "tokens_per_second": self._tokens / spent,
+      "step_seconds": spent / max(step - self._step, 1),
+      "data_wait": (waited - self._waited) / spent,
+    }
+    self._tokens, self._step, self._since, self._waited = 0.0, step, steps, waited
     return out
 
+  def _seconds(self) -> tuple[float, float]:
+    """In steps, and of these waiting for data."""
+    seconds = self._goodput.seconds
+    return seconds("step", "data_wait"), seconds("data_wait")
 
-def _stop_on_sigterm() -> threading.Event:
-  """Returns an event that SIGTERM sets; outside the main thread nothing can be caught."""
-  stop = threading.Event()
-  if threading.current_thread() is threading.main_thread():
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-  return stop
+
+class _Preemption:
+  """Whether the run was told to leave, by SIGTERM to any of its processes.
+
+  With several processes JAX catches the signal, and all agree on the next step that none has passed
+  yet; a handler of our own would take the signal away from it.
+  """
+
+  def __init__(self):
+    self._told = threading.Event()
+    alone = not jax.distributed.is_initialized()
+    # Outside the main thread nothing can be caught.
+    if alone and threading.current_thread() is threading.main_thread():
+      signal.signal(signal.SIGTERM, lambda *_: self._told.set())
+
+  def reached(self, step: int) -> bool:
+    """Whether to save and leave after `step` steps; called after every step, in all processes."""
+    return multihost_utils.reached_preemption_sync_point(step) or self._told.is_set()
+
+
+def _check_batch(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
+  """Raises ValueError if rows cannot be divided over micro-batches, devices and processes."""
+  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  if config.batch_size % (shards * config.accumulate):
+    raise ValueError(
+      f"config.batch_size {config.batch_size} is not a multiple of {shards * config.accumulate}: "
+      f"config.mesh.data {mesh.shape['data']} * config.mesh.fsdp {mesh.shape['fsdp']} * "
+      f"config.accumulate {config.accumulate}. Change one of them"
+    )
+  rows = sharding.batch_sharding(mesh).devices_indices_map((config.batch_size, 1))
+  parts: dict[int, set[int]] = {}
+  for device, (part, _) in rows.items():
+    parts.setdefault(device.process_index, set()).add(part.indices(config.batch_size)[0])
+  if sum(map(len, parts.values())) != shards or len(set(map(len, parts.values()))) > 1:
+    raise ValueError(
+      f"config.mesh.data {mesh.shape['data']} * config.mesh.fsdp {mesh.shape['fsdp']} gives "
+      f"{shards} parts of a batch, which {len(parts)} processes cannot read each its own of: "
+      f"config.mesh.tensor {mesh.shape['tensor']} must stay within the "
+      f"{len(jax.local_devices())} devices of a process"
+    )

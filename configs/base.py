@@ -22,6 +22,8 @@ def get_config() -> ConfigDict:
   c.checkpoint_every = 500  # steps between checkpoints
   c.checkpoints_kept = 2  # newest checkpoints that are kept
   c.sample_every = 0  # steps between samples in TensorBoard; 0 is never
+  c.step_timeout = 900.0  # seconds that a step may take, after the first; 0 is any time
+  c.phase_timeout = 3600.0  # the same for the first step, saves, evaluations and all else
   c.export_dtype = "bfloat16"  # storage type of the trained model directory
 
   c.model = m = ConfigDict()

@@ -4,16 +4,30 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
+import jax
 import numpy as np
 import pytest
 
-from aromni_jax import checkpoint, model_dir, train_loop
+from aromni_jax import checkpoint, model_dir, train_loop, watch
 from aromni_jax.config import TrainConfig, to_dataclass
 from configs import demo
 
 ROOT = pathlib.Path(__file__).parents[1]
+CACHE = tempfile.mkdtemp()  # of compiled programs: runs of the same shapes compile once
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once():
+  names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+  before = {name: getattr(jax.config, name) for name in names}
+  for name, value in zip(names, (CACHE, 0.2), strict=True):
+    jax.config.update(name, value)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
 
 
 def make_config(shards, **changes):
@@ -46,6 +60,7 @@ def command(shards, workdir, *more):
 
 def start(args, devices=8):
   env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+  env |= {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
   return subprocess.Popen(args, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
 
 
@@ -75,8 +90,6 @@ def test_kill_and_resume_equals_an_unbroken_run(shards, unbroken, tmp_path):
   train(make_config(shards), tmp_path)
   assert losses(tmp_path) == losses(unbroken)  # losses, batches and gradients, bit for bit
   ours, theirs = (checkpoint.load_params(p / "model" / "decoder") for p in (tmp_path, unbroken))
-  import jax
-
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
@@ -85,9 +98,10 @@ def test_sigterm_saves_and_leaves(shards, unbroken, tmp_path):
   wait_for(tmp_path / "metrics.jsonl", 2, process)
   process.send_signal(signal.SIGTERM)
   _, log = process.communicate(timeout=120)
-  assert process.returncode == 0, log[-2000:]
+  assert process.returncode == watch.RUN_AGAIN == 42, log[-2000:]
   step = max(losses(tmp_path))
-  assert f"SIGTERM: saved step {step} and left" in log
+  assert f"Preempted: saved step {step}; the same command goes on from it" in log
+  assert "Where " in log and "start-up and the rest" in log
   assert checkpoint.Checkpoints(str(tmp_path)).latest_step == step
 
 
@@ -98,6 +112,9 @@ def test_trained_model_directory_is_whole(shards, unbroken):
   lines = [json.loads(x) for x in (unbroken / "metrics.jsonl").read_text().splitlines()]
   assert lines[-1]["validation/loss"] > 0 and lines[-1]["step"] == 8
   assert {"tokens_per_second", "modality/speech", "loss/perceptual"} <= lines[0].keys()
+  shares = [v for k, v in lines[-2].items() if k.split("/")[0] == "goodput"]
+  assert 0 < lines[-2]["goodput"] < 1 and abs(sum(shares) - 1) < 1e-6
+  assert 0 <= lines[-2]["data_wait"] <= 1 and lines[-2]["step_seconds"] > 0
   assert list((unbroken / "tensorboard").iterdir())
 
 
@@ -144,6 +161,55 @@ def test_fine_tuning_needs_the_base_models_shape(shards, unbroken, tmp_path):
     train(make_config(shards, **changes, **{"model.mlp_dim": 96}), tmp_path / "a")
   train(make_config(shards, **changes), tmp_path / "b")
   assert losses(tmp_path / "b")[1][0] < losses(unbroken)[1][0]  # it starts where the base ended
+
+
+class Killed(BaseException):
+  pass
+
+
+def test_what_was_due_when_a_run_was_killed_is_done_once(shards, tmp_path, monkeypatch):
+  config = make_config(shards, num_steps=4, checkpoint_every=2, eval_every=2, sample_every=2)
+  config.optimizer.schedule = "constant"
+  samples, evaluate = [], train_loop._Run._evaluate
+  monkeypatch.setattr(train_loop, "write_samples", lambda step, *_: samples.append(step))
+
+  def killed(self, state):
+    raise Killed
+
+  def done():
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    names = "validation/loss", "samples"
+    return [[x["step"] for x in lines if name in x] for name in names]
+
+  monkeypatch.setattr(train_loop._Run, "_evaluate", killed)
+  with pytest.raises(Killed):  # after the save of step 2, before its evaluation
+    train(config, tmp_path)
+  assert checkpoint.Checkpoints(str(tmp_path)).latest_step == 2 and done() == [[], []]
+  monkeypatch.setattr(train_loop._Run, "_evaluate", evaluate)
+  monkeypatch.setattr(train_loop.model_dir, "export", killed)
+  with pytest.raises(TypeError):  # after the last evaluation, before the model directory
+    train(config, tmp_path)
+  assert done() == [[2, 4], [2, 4]] and samples == [2, 4] and not (tmp_path / "model").exists()
+  monkeypatch.undo()
+  train(config, tmp_path)
+  assert done() == [[2, 4], [2, 4]] and (tmp_path / "model" / "model.json").exists()
+
+
+def test_profile_of_some_steps(shards, tmp_path):
+  config = to_dataclass(TrainConfig, make_config(shards, num_steps=3, eval_batches=0).to_dict())
+  for window in ("3", "0:2", "2:2", "2:5"):
+    with pytest.raises(ValueError, match=f"--profile_steps is .*{window}.*; expected"):
+      train_loop.train(config, str(tmp_path), profile_steps=window)
+  train_loop.train(config, str(tmp_path), profile_steps="2:3")
+  (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+  assert trace.stat().st_size > 1000
+
+
+def test_batches_that_cannot_be_divided_are_named(shards, tmp_path):
+  for changes in ({"batch_size": 12}, {"accumulate": 2}):
+    with pytest.raises(ValueError, match="config.batch_size .* is not a multiple of .*mesh.data 8"):
+      train(make_config(shards, **changes), tmp_path)
+  assert not (tmp_path / "checkpoints").exists()
 
 
 def no_decoder(tmp_path):
