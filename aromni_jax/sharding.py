@@ -145,19 +145,25 @@ def on_devices(function: Callable, in_names: Sequence, out_names: Any) -> Callab
   return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: jax.Array, kernel: jax.Array, names: tuple[str, str]) -> jax.Array:
   """Returns x @ kernel in x's dtype, with the collectives of a split kernel written out.
 
   The kernel is cast, then gathered over fsdp, for each of the two passes; its gradient is
-  scattered back. Left to the compiler, gradients over 256 TPU chips become all-reduces of whole
-  matrices, with twice the bytes and nothing beside them.
+  scattered back. Left to the compiler, small slices turn into chains of narrow products.
 
   Args:
     x: [B, T, in].
     kernel: [in, out].
     names: logical names of the kernel's axes.
   """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x @ kernel.astype(x.dtype)
+  return _split_product(x, kernel, names)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _split_product(x: jax.Array, kernel: jax.Array, names: tuple[str, str]) -> jax.Array:
   return _product_forward(x, kernel, names)[0]
 
 
@@ -194,7 +200,7 @@ def _product_backward(names, saved, dy):
   return on_devices(local, (x_names, names, y_names), (x_names, names))(*saved, dy)
 
 
-product.defvjp(_product_forward, _product_backward)
+_split_product.defvjp(_product_forward, _product_backward)
 
 
 def weight(init: nnx.Initializer, *names: str | None) -> nnx.Initializer:

@@ -248,11 +248,11 @@ def _preset_demo() -> Vocabulary:
   )
 
 
-_PRESETS = {"aromni_7b": _preset_aromni_7b, "demo": _preset_demo}
+PRESETS = {"aromni_7b": _preset_aromni_7b, "demo": _preset_demo}
 
 
 def get_vocabulary(name: str) -> Vocabulary:
   """Returns a preset. Raises ValueError for an unknown name."""
-  if name not in _PRESETS:
-    raise ValueError(f"vocabulary {name!r} does not exist; expected one of {sorted(_PRESETS)}")
-  return _PRESETS[name]()
+  if name not in PRESETS:
+    raise ValueError(f"vocabulary {name!r} does not exist; expected one of {sorted(PRESETS)}")
+  return PRESETS[name]()

@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
   m.norm_placement = "pre"  # pre | swin
   m.dtype = "bfloat16"  # of computation
   m.param_dtype = "float32"  # of parameters
-  m.remat_policy = "full"  # full | mlp | norms | none: what the backward pass computes again
+  m.remat_policy = "full"  # full | mlp | up | norms | none: what the backward pass computes again
   m.scan_layers = True  # one compiled layer in a loop
   m.init_std = 0.02  # standard deviation of initial weights
   m.attention = "auto"  # auto | xla | splash | cudnn

@@ -48,7 +48,7 @@ def attention(
     [B, T, N, H] in q's dtype. Softmax is computed in float32.
   """
   if backend == "auto":
-    backend = _choose(q)
+    backend = choose(jax.default_backend(), q.shape[1], q.shape[3], q.dtype.name)
   if backend == "splash":
     return _splash(q, k, v, segment_ids)
   if backend == "cudnn":
@@ -75,12 +75,11 @@ def masked_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
   return jnp.einsum("bkgts,bksh->btkgh", weights, v).reshape(batch, length, heads, head_dim)
 
 
-def _choose(q: Array) -> str:
-  platform = jax.default_backend()
-  _, length, _, head_dim = q.shape
+def choose(platform: str, length: int, head_dim: int, dtype: str = "bfloat16") -> str:
+  """Returns the fastest backend of a platform for a shape."""
   if platform == "tpu" and length % 128 == 0 and head_dim % 64 == 0:
     return "splash"
-  if platform == "gpu" and q.dtype == jnp.bfloat16 and head_dim <= 128:
+  if platform == "gpu" and dtype == "bfloat16" and head_dim <= 128:
     return "cudnn"
   return "xla"
 

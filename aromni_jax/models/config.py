@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 _CHOICES = {
   "norm_placement": ("pre", "swin"),
-  "remat_policy": ("full", "mlp", "norms", "none"),
+  "remat_policy": ("full", "mlp", "up", "norms", "none"),
   "attention": ("auto", "xla", "splash", "cudnn"),
   "dtype": ("float32", "bfloat16"),
   "param_dtype": ("float32", "bfloat16"),
@@ -28,8 +28,8 @@ class DecoderConfig:
     norm_placement: "pre", or "swin": norms act on the branches' outputs (AR-Omni section 3).
     dtype, param_dtype: of computation and of parameters.
     remat_policy: what the backward pass computes again of a layer: "full" everything, "mlp" the
-      MLP but its last product, "norms" all but products, "none" nothing. docs/scale.md has the
-      memory and time of each.
+      MLP but its last product, "up" one product of it, "norms" all but products, "none" nothing.
+      docs/scale.md has the memory and time of each.
     scan_layers: one compiled layer in a loop, or `num_layers` copies of it.
     init_std: standard deviation of the initial weights.
     attention: backend, see `models/attention.py`.

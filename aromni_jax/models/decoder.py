@@ -176,7 +176,7 @@ class MLP(nnx.Module):
     if self.up is None:  # see `unroll`
       gate, up = jnp.split(self.gate(x), 2, axis=-1)
     else:
-      gate, up = (checkpoint_name(f(x), "mlp_in") for f in (self.gate, self.up))
+      gate, up = checkpoint_name(self.gate(x), "mlp_gate"), checkpoint_name(self.up(x), "mlp_up")
     h = jax.nn.silu(gate) * up
     return checkpoint_name(self.down(shard(h, "act_batch", "act_length", "act_mlp")), "mlp_out")
 
@@ -207,7 +207,8 @@ _ATTENTION = ("qkv", CONTEXT, "attention_out")
 REMAT_SAVES = {
   "full": (),
   "mlp": (*_ATTENTION, "mlp_out"),
-  "norms": (*_ATTENTION, "mlp_out", "mlp_in"),
+  "up": (*_ATTENTION, "mlp_out", "mlp_gate"),
+  "norms": (*_ATTENTION, "mlp_out", "mlp_gate", "mlp_up"),
 }
 
 

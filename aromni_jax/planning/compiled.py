@@ -1,25 +1,33 @@
 """The training step compiled for chips that are not here.
 
-libtpu from the package index compiles for a named TPU topology on any machine, and XLA for a GPU
-target likewise from its description (`jax.experimental.topologies`). What comes back is the
-compiler's own memory and its optimised program (`planning/hlo.py` reads it).
+libtpu from the package index compiles for a named TPU topology on any machine. What comes back is
+the compiler's own memory and its optimised program (`planning/hlo.py` reads it).
 """
 
 import dataclasses
 import os
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from aromni_jax import sharding, train_step
 from aromni_jax.config import TrainConfig
 from aromni_jax.data.batch import Batch
 from aromni_jax.hardware import Topology
+from aromni_jax.models import attention
 from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.optimizer import make_optimizer
-from aromni_jax.vocabulary import Vocabulary
+from aromni_jax.planning import hlo
+from aromni_jax.planning.network import collective_seconds
+from aromni_jax.vocabulary import PRESETS, Vocabulary, get_vocabulary
+from aromni_jax.xla_flags import FLAGS
+
+TABLE_SHAPE = (8192, 256)  # of the released image codec's embeddings
 
 
 def topology_devices(topology: Topology) -> list[Any]:
@@ -31,6 +39,7 @@ def topology_devices(topology: Topology) -> list[Any]:
   """
   # Ask no metadata server what this machine is; it is none of those.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used, so none is locked
   from jax.experimental import topologies
 
   options: dict[str, Any] = {}
@@ -76,3 +85,88 @@ def lower_step(
     )
     table = jax.ShapeDtypeStruct(table_shape, jnp.float32)
     return step.lower(state, batch, table, jax.ShapeDtypeStruct((), jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """What the compiler says of a training step.
+
+  Attributes:
+    memory: bytes on a chip: what stays (state, batch), and temporaries.
+    cost: the roofline of its program.
+    text: the program.
+    seconds: that compiling took.
+  """
+
+  memory: dict[str, int]
+  cost: hlo.Cost
+  text: str
+  seconds: float
+
+
+def compile_step(config: TrainConfig, topology: Topology) -> Compiled:
+  """Returns the training step of a configuration, compiled for a TPU topology.
+
+  Args:
+    config: the run; attention "auto" is the TPU kernel.
+    topology: what is compiled for.
+
+  Raises:
+    ImportError, ValueError: see `topology_devices`; or if the compiler finds no room, with its
+      words.
+  """
+  if config.model.attention == "auto":
+    chosen = attention.choose("tpu", config.data.sequence_length, config.model.head_dim)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=chosen))
+  began = time.monotonic()
+  mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=topology_devices(topology))
+  lowered = lower_step(config, vocabulary_of(config), TABLE_SHAPE, mesh)
+  options = {flag.name: flag.value for flag in FLAGS["tpu"]}
+  try:
+    compiled = lowered.compile(compiler_options=options)
+  except jax.errors.JaxRuntimeError as e:
+    raise ValueError(f"the TPU compiler refuses the step for {topology.name}: {e}") from e
+  analysis = compiled.memory_analysis()
+  text = compiled.as_text()
+  cost = hlo.cost(
+    hlo.Module(text), topology.chip.peak_flops, topology.chip.hbm_bandwidth, wire(topology, mesh)
+  )
+  memory = {
+    "state and batch": analysis.argument_size_in_bytes,
+    "results that take no argument's place": analysis.output_size_in_bytes
+    - analysis.alias_size_in_bytes,
+    "temporaries": analysis.temp_size_in_bytes,
+    "program": analysis.generated_code_size_in_bytes,
+  }
+  return Compiled(memory, cost, text, time.monotonic() - began)
+
+
+def wire(topology: Topology, mesh: jax.sharding.Mesh) -> Callable[[hlo.Collective], tuple]:
+  """Returns the function that `hlo.cost` asks for the time of a collective.
+
+  Args:
+    topology: of the chips.
+    mesh: over them; numbers in the program count its devices in order.
+  """
+  devices = mesh.devices.reshape(-1)
+
+  def seconds(collective: hlo.Collective) -> tuple[str, float]:
+    group = [devices[i] for i in collective.group] or list(devices)
+    slices = len({d.slice_index for d in group})
+    coords = np.array([d.coords for d in group])
+    dims = tuple(n for n in (len(set(axis)) for axis in coords.T) if n > 1)
+    return collective_seconds(topology, collective.opcode, collective.nbytes, dims, slices)
+
+  return seconds
+
+
+def vocabulary_of(config: TrainConfig) -> Vocabulary:
+  """Returns the vocabulary preset of a model's size.
+
+  Raises:
+    ValueError: if there is none.
+  """
+  for name in PRESETS:
+    if get_vocabulary(name).size == config.model.vocab_size:
+      return get_vocabulary(name)
+  raise ValueError(f"config.model.vocab_size {config.model.vocab_size} is of no known vocabulary")

@@ -1,0 +1,382 @@
+"""What a training step needs, reckoned from its configuration alone: memory, time, collectives.
+
+Everything that has a shape is counted exactly. What the compiler decides (which temporaries live at
+once, what it fuses) is set by the constants below, which were fitted to compilations of the 7B
+configurations (docs/scale.md has both side by side).
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType
+
+from aromni_jax import sharding, train_step
+from aromni_jax.config import TrainConfig
+from aromni_jax.hardware import GIB, Topology
+from aromni_jax.models.decoder import REMAT_SAVES
+from aromni_jax.optimizer import make_optimizer
+from aromni_jax.planning.network import DCN, collective_seconds, torus_of
+
+# Of a chip's memory, what a program gets: the runtime keeps the rest.
+USABLE = {"tpu": 0.984, "gpu": 0.92}
+# Temporaries of a layer's backward pass: copies of its gathered kernels and their gradients, and of
+# what it keeps; of the head: blocks of logits; of the embedding: exchanged rows.
+_KERNEL_COPIES, _KEPT_COPIES, _LOGIT_COPIES = 2.0, 2.0, 3.0
+_EMBEDDING_LANES = 128  # a TPU pads the last axis to this
+# Passes over an array [rows, length, embed_dim] beside the products, per layer and step.
+_PASSES = {"full": 60, "mlp": 130, "up": 140, "norms": 150, "none": 170}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+  """One parameter group and how it is split."""
+
+  name: str
+  shape: tuple[int, ...]
+  dtype: str
+  spec: tuple[Any, ...]
+  local_bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+  """Collectives of one kind in a step.
+
+  Attributes:
+    what: is moved.
+    opcode: of the collective.
+    count: how often.
+    nbytes: of each, as `collective_seconds` has it.
+    network: that limits it.
+    seconds: of all on the wire.
+  """
+
+  what: str
+  opcode: str
+  count: int
+  nbytes: float
+  network: str
+  seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """What a training step needs on each chip.
+
+  Attributes:
+    topology, mesh: chips and the sizes of data, fsdp and tensor.
+    parameters: all of them.
+    memory: part -> bytes.
+    usable: bytes that a program gets.
+    largest_batch: rows of the largest step that fits, 0 if none does.
+    traffic: collectives.
+    compute, passes, waits: seconds of products, of everything that is limited by memory, and of
+      collectives that nothing hides.
+    model_flops: operations of a step that the model needs, over all chips.
+    tokens: of a step.
+  """
+
+  topology: Topology
+  mesh: tuple[int, int, int]
+  parameters: tuple[Parameter, ...]
+  memory: dict[str, float]
+  usable: float
+  largest_batch: int
+  traffic: tuple[Traffic, ...]
+  compute: float
+  passes: float
+  waits: float
+  model_flops: float
+  tokens: int
+
+  @property
+  def total_memory(self) -> float:
+    return sum(self.memory.values())
+
+  @property
+  def seconds(self) -> float:
+    """Of a step: the roofline, a lower bound."""
+    return self.compute + self.passes + self.waits
+
+  @property
+  def mfu(self) -> float:
+    """Model FLOPs utilisation, an upper bound."""
+    peak = self.topology.chip.peak_flops * self.topology.num_chips
+    return self.model_flops / peak / self.seconds
+
+
+def abstract_mesh(config: TrainConfig, topology: Topology) -> AbstractMesh:
+  """Returns the mesh over the chips of a topology, without devices.
+
+  Raises:
+    ValueError: if the mesh, the slices or the batch do not divide.
+  """
+  sizes = sharding.mesh_sizes(topology.num_chips, **dataclasses.asdict(config.mesh))
+  if sizes[0] % topology.slices:
+    raise ValueError(
+      f"config.mesh.data is {sizes[0]}, no multiple of the {topology.slices} slices or nodes of "
+      f"{topology.name}; only data crosses the network between them: "
+      f"--config.mesh.data={topology.slices}"
+    )
+  shards = sizes[0] * sizes[1] * config.accumulate
+  if config.batch_size % shards:
+    below = config.batch_size // shards * shards
+    raise ValueError(
+      f"config.batch_size {config.batch_size} is no multiple of {shards}: {sizes[0]} (data) x "
+      f"{sizes[1]} (fsdp) x {config.accumulate} (accumulate) on {topology.name}; take "
+      f"{f'{below} or ' if below else ''}{below + shards}"
+    )
+  return AbstractMesh(sizes, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def parameter_table(config: TrainConfig, mesh: AbstractMesh, table_dim: int):
+  """Returns the parameters, and the bytes of a chip's part of the optimiser's state."""
+  optimizer = make_optimizer(config.optimizer)
+  state = jax.eval_shape(
+    lambda: train_step.init_state(config.model, optimizer, table_dim, jax.random.key(0))
+  )
+  shardings = sharding.state_shardings(state, mesh)
+
+  def local(leaf, placed) -> float:
+    return math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+  rows = []
+  for (path, leaf), placed in zip(
+    jax.tree_util.tree_leaves_with_path(state.params),
+    jax.tree.leaves(shardings.params),
+    strict=True,
+  ):
+    name = ".".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
+    name = name.removesuffix(".value")
+    spec = tuple(placed.spec)
+    rows.append(Parameter(name, leaf.shape, leaf.dtype.name, spec, local(leaf, placed)))
+  pairs = zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(shardings.opt_state), strict=True)
+  return tuple(rows), sum(local(leaf, placed) for leaf, placed in pairs)
+
+
+def kept_bytes(config: TrainConfig, tensor: int) -> float:
+  """Returns the bytes per token and layer that stay until the backward pass."""
+  m = config.model
+  width = jnp.dtype(m.dtype).itemsize
+  heads, kv = m.num_heads * m.head_dim / tensor, m.num_kv_heads * m.head_dim / tensor
+  sizes = {
+    "qkv": heads + 2 * kv,
+    "context": heads + 4 / width * m.num_heads / tensor,  # and the softmax's float32 statistics
+    "attention_out": m.embed_dim,
+    "mlp_gate": m.mlp_dim / tensor,
+    "mlp_up": m.mlp_dim / tensor,
+    "mlp_out": m.embed_dim if m.norm_placement == "swin" else 0,
+  }
+  if m.remat_policy == "none":
+    everything = sum(sizes.values()) + 4 * m.embed_dim + 6 * heads + m.mlp_dim / tensor
+    return width * (m.embed_dim + everything)
+  return width * (m.embed_dim + sum(sizes[name] for name in REMAT_SAVES[m.remat_policy]))
+
+
+def memory(
+  config: TrainConfig, topology: Topology, sizes: tuple[int, int, int], rows: int, state: Any
+) -> dict[str, float]:
+  """Returns the bytes of each part on a chip.
+
+  Args:
+    config: the run.
+    topology: of the chips.
+    sizes: of the mesh axes.
+    rows: of a micro-batch on a chip.
+    state: what `parameter_table` gives.
+  """
+  parameters, optimizer = state
+  m, (_, fsdp, tensor) = config.model, sizes
+  width = jnp.dtype(m.dtype).itemsize
+  tokens = rows * config.data.sequence_length
+  own = sum(p.local_bytes for p in parameters)
+  layer = (m.num_params() - 2 * m.vocab_size * m.embed_dim) / m.num_layers / tensor * width
+  kept = kept_bytes(config, tensor) * tokens
+  block = config.loss.vocab_block or m.vocab_size
+  lanes = max(m.embed_dim // fsdp, _EMBEDDING_LANES if topology.chip.platform == "tpu" else 1)
+  embedding = tokens * fsdp * lanes * (width + 4) if fsdp > 1 else 0
+  head = tokens * block / tensor * 4 * _LOGIT_COPIES + 2 * m.embed_dim * block / tensor * width
+  head += 2 * tokens * m.embed_dim * 4
+  backward = _KERNEL_COPIES * layer + _KEPT_COPIES * kept
+  return {
+    "parameters": own,
+    "optimiser": optimizer,
+    "gradients": own * (2 if config.accumulate > 1 else 1),
+    "activations kept for the backward pass": kept * m.num_layers,
+    "working set of a layer, the head or the embedding": max(backward, head, embedding),
+  }
+
+
+def estimate(config: TrainConfig, topology: Topology, table_dim: int = 256) -> Estimate:
+  """Returns what a training step needs on each chip of a topology.
+
+  Args:
+    config: the run.
+    topology: of the chips.
+    table_dim: dimensions of the image embeddings.
+
+  Raises:
+    ValueError: if mesh or batch do not divide.
+  """
+  mesh = abstract_mesh(config, topology)
+  sizes = tuple(mesh.shape[axis] for axis in sharding.MESH_AXES)
+  data, fsdp, tensor = sizes
+  state = parameter_table(config, mesh, table_dim)
+  rows = config.batch_size // (data * fsdp * config.accumulate)
+  usable = USABLE[topology.chip.platform] * topology.chip.hbm_bytes
+  largest = 0
+  while sum(memory(config, topology, sizes, largest + 1, state).values()) <= usable:
+    largest += 1
+  m, length = config.model, config.data.sequence_length
+  tokens = rows * length * config.accumulate  # of a chip's rows
+  peak = topology.chip.peak_flops
+  weights = m.num_params() - m.vocab_size * m.embed_dim
+  head = m.vocab_size * m.embed_dim
+  layer = (weights - head) / m.num_layers
+  attention = 2.0 * m.num_heads * m.head_dim * length  # of a token's forward pass, causal
+  flops = 6.0 * weights + 3 * m.num_layers * attention
+  again = _computed_again(config, layer, attention)
+  if 0 < config.loss.vocab_block < m.vocab_size:
+    again += 2.0 * head
+  array = rows * length * m.embed_dim * jnp.dtype(m.dtype).itemsize
+  passes = _PASSES[m.remat_policy] * m.num_layers * array * config.accumulate
+  passes += 6 * sum(p.local_bytes for p in state[0])  # the optimiser reads and writes
+  traffic = _traffic(config, topology, sizes, rows)
+  # The first gather of a layer and the exchange of the embedding have nothing beside them.
+  width = jnp.dtype(m.dtype).itemsize
+  first = m.embed_dim * (m.num_heads * m.head_dim + m.mlp_dim) / tensor * width
+  span = torus_of(topology, fsdp)
+  _, waits = collective_seconds(topology, "all-gather", first, span)
+  waits *= m.num_layers * config.accumulate
+  waits += sum(t.seconds for t in traffic if t.what == "embedding rows" or t.network == DCN)
+  return Estimate(
+    topology,
+    sizes,
+    state[0],
+    memory(config, topology, sizes, rows, state),
+    usable,
+    largest * data * fsdp * config.accumulate,
+    traffic,
+    tokens * (flops + again) / tensor / peak,
+    passes / topology.chip.hbm_bandwidth,
+    waits,
+    config.batch_size * length * flops,
+    config.batch_size * length,
+  )
+
+
+def _computed_again(config: TrainConfig, layer: float, attention: float) -> float:
+  """Operations per token that the backward pass repeats of the layers."""
+  m = config.model
+  mlp = 2.0 * m.embed_dim * m.mlp_dim
+  again = {
+    "full": 2.0 * layer + attention,
+    "mlp": 2 * mlp,
+    "up": mlp,
+    "norms": 0.0,
+    "none": 0.0,
+  }
+  return m.num_layers * again[m.remat_policy]
+
+
+def _traffic(
+  config: TrainConfig, topology: Topology, sizes: tuple[int, int, int], rows: int
+) -> tuple[Traffic, ...]:
+  m, (data, fsdp, tensor) = config.model, sizes
+  width = jnp.dtype(m.dtype).itemsize
+  layer = (m.num_params() - 2 * m.vocab_size * m.embed_dim) / m.num_layers / tensor * width
+  head = m.vocab_size * m.embed_dim / tensor * width
+  array = rows * config.data.sequence_length * m.embed_dim * width
+  span = torus_of(topology, fsdp)
+  within = data // topology.slices
+  out = []
+
+  def add(what, opcode, count, nbytes, dims, slices=1):
+    if count and (math.prod(dims) > 1 or slices > 1):
+      network, seconds = collective_seconds(topology, opcode, nbytes, dims, slices)
+      times = count * config.accumulate
+      out.append(Traffic(what, opcode, times, nbytes, network, times * seconds))
+
+  # More than one torus axis: TPUs reduce all of the gradient and take their part of it.
+  reduce = "all-reduce" if len(span) > 1 else "reduce-scatter"
+  if fsdp > 1:
+    add("kernels of a layer", "all-gather", 2 * m.num_layers, layer, span)
+    add("head", "all-gather", 2, head, span)
+    add("gradients of a layer", reduce, m.num_layers, layer, span)
+    add("gradient of the head", reduce, 1, head, span)
+    add("embedding rows", "all-to-all", 1, 3 * array, span)
+  other = tuple(d for d in topology.shape if d not in span)[:1] if within > 1 else ()
+  if data > 1:
+    everything = (m.num_layers * layer + 2 * head) / fsdp
+    add("gradients of copies", "all-reduce", 1, everything, other, topology.slices)
+  if tensor > 1:
+    inner = torus_of(topology, tensor)
+    add("activations", "all-reduce", 4 * m.num_layers, array, inner)
+  return tuple(out)
+
+
+def fits(estimated: Estimate) -> bool:
+  """Whether the estimated memory is there."""
+  return estimated.total_memory <= estimated.usable
+
+
+def check(config: TrainConfig, topology: Topology) -> Estimate:
+  """Returns the estimate of a run that fits.
+
+  Raises:
+    ValueError: if mesh or batch do not divide, or the memory is not there, saying what would fit.
+  """
+  found = estimate(config, topology)
+  if fits(found):
+    return found
+  parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in found.memory.items())
+  raise ValueError(
+    f"the run needs {found.total_memory / GIB:.1f} GiB on each chip of {topology.name}, which has "
+    f"{found.usable / GIB:.1f} ({parts}). {_advice(config, topology, found)}"
+  )
+
+
+def _advice(config: TrainConfig, topology: Topology, found: Estimate) -> str:
+  """What would make a configuration fit, the change that costs least first."""
+  data, fsdp, _ = found.mesh
+  options = []
+  policies = list(_PASSES)
+  for policy in reversed(policies[: policies.index(config.model.remat_policy)]):
+    options.append({"model.remat_policy": policy})
+  if found.largest_batch:
+    options.append({"batch_size": found.largest_batch})
+  if config.batch_size // (data * fsdp * config.accumulate) > 1:
+    rows = config.batch_size // (data * fsdp)
+    options += [
+      {"model.remat_policy": "full", "accumulate": n}
+      for n in range(config.accumulate + 1, rows + 1)
+      if rows % n == 0
+    ]
+  if data > topology.slices:
+    options.append({"mesh.data": topology.slices, "mesh.fsdp": data * fsdp // topology.slices})
+  for option in options:
+    if fits(estimate(_changed(config, option), topology)):
+      flags = " ".join(f"--config.{name}={value}" for name, value in option.items())
+      return f"This fits: {flags}"
+  return "No batch fits; take more chips or chips with more memory"
+
+
+def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
+  for name, value in changes.items():
+    section, _, field = name.rpartition(".")
+    if section:
+      inner = dataclasses.replace(getattr(config, section), **{field: value})
+      config = dataclasses.replace(config, **{section: inner})
+    else:
+      config = dataclasses.replace(config, **{field: value})
+  return config
+
+
+def kv_cache_bytes(config: TrainConfig) -> float:
+  """Returns the bytes of keys and values per token and row in generation."""
+  m = config.model
+  return 2.0 * m.num_layers * m.num_kv_heads * m.head_dim * np.dtype(m.dtype).itemsize
