@@ -9,6 +9,7 @@ JOBS = {
   "evaluate": "measures a model on PictoTalk and writes JSON",
   "report": "makes one HTML page of runs and evaluations",
   "train_codec": "trains the image or the speech codec",
+  "plan": "tells what a training run needs before anything is booked",
   "convert": "turns released checkpoints into a model directory, and back",
 }
 

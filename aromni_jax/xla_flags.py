@@ -2,8 +2,9 @@
 
 The launcher exports them (`launch/`), and `aromni plan --compile` compiles with them.
 
-Sources: MaxText's benchmarks/xla_flags_library.py (TPU), NVIDIA's "Tips for High-Performance LLMs
-with JAX and XLA" and JAX's "GPU performance tips" (GPU).
+Sources: MaxText's benchmarks/xla_flags_library.py and what the compiled 7B step shows with and
+without each (TPU, docs/scale.md), NVIDIA's "Tips for High-Performance LLMs with JAX and XLA" and
+JAX's "GPU performance tips" (GPU).
 """
 
 import dataclasses
@@ -42,27 +43,28 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
       "true",
       "the same for the gathers of parameters that fsdp splits",
     ),
-    Flag(
-      "xla_tpu_enable_async_collective_fusion_multiple_steps",
-      "true",
-      "lets one collective be hidden by several operations",
-    ),
-    Flag(
-      "xla_tpu_overlap_compute_collective_tc",
-      "true",
-      "lets the tensor core compute while a fused collective moves data",
-    ),
     Flag("xla_enable_async_all_gather", "true", "gathers start early and end when they are needed"),
+    Flag("xla_enable_async_all_reduce", "true", "the same for sums of gradients"),
     Flag(
-      "xla_tpu_enable_data_parallel_all_reduce_opt",
+      "xla_tpu_enable_async_collective_fusion_fuse_all_reduce",
       "true",
-      "several slices: the sum of gradients over the network between slices overlaps the backward"
-      " pass",
+      "hides sums of gradients, too; without it 10 % of a step on v5e:16x16 waits for them",
     ),
     Flag(
-      "xla_tpu_data_parallel_opt_different_sized_ops",
+      "xla_tpu_async_collective_fusion_fuse_multiple_collectives",
       "true",
-      "several slices: the same for gradients of different sizes",
+      "a product may hide several collectives: a backward pass that keeps activations has fewer "
+      "products than collectives",
+    ),
+    Flag(
+      "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions",
+      "true",
+      "elementwise operations hide collectives, too: the first gather of a layer",
+    ),
+    Flag(
+      "xla_jf_crs_combiner_threshold_in_bytes",
+      "1048576",
+      "sums of matrices are not joined, since joined ones cannot be hidden",
     ),
   ),
   "gpu": (

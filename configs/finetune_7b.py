@@ -3,22 +3,21 @@
 aromni train --config=configs/finetune_7b.py --workdir=DIR --config.base=models/pretrained \
   --config.data.shards=data/instruct          the paper's recipe
 aromni train --config=configs/finetune_7b.py:released ...     the released code's
+aromni train --config=configs/finetune_7b.py:h100:8 ...       for other chips than v5e:16x16,
+  see configs/pods.py; :released,h100:8 is both
 
 --config.base is what aromni convert wrote; data.shards what data_pipelines.import_aromni wrote.
 """
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, pods
 
-ARGUMENTS = ("paper", "released")
+RECIPES = ("paper", "released")
 
 
-def get_config(argument: str = "paper") -> ConfigDict:
-  if argument not in ARGUMENTS:
-    raise ValueError(
-      f"configs/finetune_7b.py:{argument} does not exist; expected one of {ARGUMENTS}"
-    )
+def get_config(argument: str = "") -> ConfigDict:
+  recipe, topology = pods.split_argument(argument, RECIPES, "configs/finetune_7b.py")
   c = base.get_config()
   c.init_from_base = True
   c.model.norm_placement = "swin"
@@ -33,11 +32,12 @@ def get_config(argument: str = "paper") -> ConfigDict:
   c.loss.vocab_block = 8192  # 65,536 logits of all positions would not fit
   c.optimizer.learning_rate = 2e-5
   c.optimizer.warmup_steps = 900  # 0.05
-  if argument == "released":
+  if recipe == "released":
     base.released(c)
     c.model.norm_placement = "pre"  # an error says so if the checkpoint has the other one
     c.loss.perceptual_tasks = ()  # every picture that is answered with
     c.data.sequence_length = 2048
     c.optimizer.b2 = 0.999
     c.optimizer.warmup_steps = 540  # 0.03; the released code counts 5 epochs instead of steps
+  pods.fine_tuning(c, topology)
   return c

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from aromni_jax.config import TrainConfig, to_dataclass
-from configs import base, demo, finetune_7b, pretrain_7b
+from configs import base, demo, finetune_7b, pods, pretrain_7b
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -17,15 +17,26 @@ def test_every_demo_config_is_whole(argument):
 
 
 @pytest.mark.parametrize("module", [pretrain_7b, finetune_7b])
-@pytest.mark.parametrize("argument", pretrain_7b.ARGUMENTS)
-def test_every_7b_config_is_whole(module, argument):
+@pytest.mark.parametrize("recipe", pretrain_7b.RECIPES)
+@pytest.mark.parametrize("topology", ["", *pods.PODS])
+def test_every_7b_config_is_whole(module, recipe, topology):
+  argument = f"{recipe},{topology}" if topology else recipe
   config = to_dataclass(TrainConfig, module.get_config(argument).to_dict())
   assert config.model.num_params() == 7_013_158_912
   blocks, rest = divmod(config.model.vocab_size, config.loss.vocab_block)
   assert blocks > 1 and rest == 0
-  assert config.loss.train_projection == (argument == "paper")
+  assert config.loss.train_projection == (recipe == "paper")
+  assert config == to_dataclass(TrainConfig, module.get_config(argument).to_dict())
   with pytest.raises(ValueError, match="7b.py:big does not exist; expected one of"):
     module.get_config("big")
+
+
+def test_pretraining_has_the_papers_tokens_on_every_machine():
+  for topology in pods.PODS:
+    config = to_dataclass(TrainConfig, pretrain_7b.get_config(topology).to_dict())
+    tokens = config.num_steps * config.batch_size * config.data.sequence_length
+    assert tokens == pytest.approx(140_000 * 480 * 1300, rel=1e-4)
+    assert config.optimizer.warmup_steps == pytest.approx(0.05 * config.num_steps, abs=1)
 
 
 def test_the_base_config_is_the_paper_and_released_switches_all():

@@ -50,7 +50,8 @@ def attention(
   if backend == "auto":
     backend = choose(jax.default_backend(), q.shape[1], q.shape[3], q.dtype.name)
   if backend == "splash":
-    return _splash(q, k, v, segment_ids)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    return splash(q, k, v, segment_ids).swapaxes(1, 2)
   if backend == "cudnn":
     return _cudnn(q, k, v, segment_ids, max_segments)
   length = q.shape[1]
@@ -141,17 +142,24 @@ def _runs(segment_ids: Array, count: int) -> tuple[Array, Array, Array]:
   return offsets, sizes, fits
 
 
-def _splash(
+def splash(
   q: Array, k: Array, v: Array, segment_ids: Array | None, *, interpret: bool = False
 ) -> Array:
-  """The kernel on each device's own rows and heads: the compiler cannot split a kernel itself."""
+  """The TPU kernel, on each device's own rows and heads: the compiler cannot split a kernel.
+
+  Args:
+    q: [B, N, T, H]. k, v: [B, K, T, H]; heads first.
+    segment_ids: as in `attention`.
+    interpret: runs it without a TPU, slowly.
+
+  Returns:
+    [B, N, T, H].
+  """
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 
-  heads, kv_heads = q.shape[2], k.shape[2]
-  k, v = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (k, v))
+  k, v = (jnp.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
   if segment_ids is None:
-    segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
-  q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    segment_ids = jnp.zeros((q.shape[0], q.shape[2]), jnp.int32)
 
   def local(q, k, v, ids):
     run = _splash_kernel(q.shape[1], q.shape[2], interpret)
@@ -161,7 +169,7 @@ def _splash(
 
   heads = ("act_batch", "act_heads", "act_length", None)
   run = on_devices(local, (heads, heads, heads, ("act_batch", "act_length")), heads)
-  return run(q, k, v, segment_ids).swapaxes(1, 2)
+  return run(q * q.shape[-1] ** -0.5, k, v, segment_ids)
 
 
 def _splash_kernel(heads: int, length: int, interpret: bool):

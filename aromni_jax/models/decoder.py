@@ -13,7 +13,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from aromni_jax.models.attention import CONTEXT, attention, keep_cudnn, masked_attention
+from aromni_jax.models.attention import (
+  CONTEXT,
+  attention,
+  choose,
+  keep_cudnn,
+  masked_attention,
+  splash,
+)
 from aromni_jax.models.config import DecoderConfig
 from aromni_jax.sharding import RULES, product, shard, weight
 
@@ -69,12 +76,15 @@ class HeadNorm(nnx.Module):
     self.scale = nnx.Param(weight(ones, *names)(rngs.params(), shape, dtype))
     self.bias = nnx.Param(weight(zeros, *names)(rngs.params(), shape, dtype))
 
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Array, heads_first: bool = False) -> Array:
+    """Normalises [..., n, H], or [B, n, T, H] with heads first."""
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + _QK_NORM_EPSILON)
-    y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
-    return y.astype(x.dtype)
+    scale, bias = (p[...].astype(jnp.float32) for p in (self.scale, self.bias))
+    if heads_first and scale.ndim == 2:
+      scale, bias = scale[:, None], bias[:, None]
+    return (y * scale + bias).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -144,12 +154,26 @@ class Attention(nnx.Module):
     q = q.reshape(batch, length, c.num_heads, c.head_dim)
     k = k.reshape(batch, length, c.num_kv_heads, c.head_dim)
     v = v.reshape(batch, length, c.num_kv_heads, c.head_dim)
-    q = shard(rotate(self.q_norm(q), *rotary), "act_batch", "act_length", "act_heads", None)
-    k = shard(rotate(self.k_norm(k), *rotary), "act_batch", "act_length", "act_kv_heads", None)
-    v = shard(v, "act_batch", "act_length", "act_kv_heads", None)
-    if cache is None:
+    backend = c.attention
+    if backend == "auto":
+      backend = choose(jax.default_backend(), length, c.head_dim, c.dtype)
+    # The TPU kernel has heads first; what comes before it is faster in that order, too.
+    heads_first = cache is None and backend == "splash"
+    if heads_first:
+      q, k, v, *rotary = (x.swapaxes(1, 2) for x in (q, k, v, *rotary))
+
+    def place(x: Array, heads: str) -> Array:
+      length_and_heads = (heads, "act_length") if heads_first else ("act_length", heads)
+      return shard(x, "act_batch", *length_and_heads, None)
+
+    q = place(rotate(self.q_norm(q, heads_first), *rotary), "act_heads")
+    k = place(rotate(self.k_norm(k, heads_first), *rotary), "act_kv_heads")
+    v = place(v, "act_kv_heads")
+    if heads_first:
+      out = splash(q, k, v, segment_ids).swapaxes(1, 2)
+    elif cache is None:
       out = attention(
-        q, k, v, segment_ids=segment_ids, max_segments=c.max_segments, backend=c.attention
+        q, k, v, segment_ids=segment_ids, max_segments=c.max_segments, backend=backend
       )
     else:
       rows = jnp.arange(batch)[:, None]

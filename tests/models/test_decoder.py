@@ -219,7 +219,8 @@ def test_splash_equals_xla():
   )
   segments = jnp.array([[1] * 100 + [2] * 156])
   want = attention_lib.attention(q, k, v, segment_ids=segments, backend="xla")
-  got = attention_lib._splash(q, k, v, segments, interpret=True)
+  heads_first = (x.swapaxes(1, 2) for x in (q, k, v))
+  got = attention_lib.splash(*heads_first, segments, interpret=True).swapaxes(1, 2)
   np.testing.assert_allclose(got, want, atol=2e-5)
 
 
