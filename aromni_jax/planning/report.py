@@ -23,7 +23,7 @@ def estimated(config: TrainConfig, found: Estimate) -> str:
     f"{config.data.sequence_length} tokens a step, {rows} at once on a chip"
     + (f", {config.accumulate} times" if config.accumulate > 1 else ""),
     "",
-    "parameters                           shape              type      split by             MiB/chip",
+    f"{'parameters':36s} {'shape':18s} {'type':9s} {'split by':22s} MiB/chip",
   ]
   for group in found.parameters:
     spec = ", ".join(_axis(a) for a in group.spec) or "-"
@@ -144,8 +144,8 @@ def _speed(config: TrainConfig, found: Estimate, seconds: float, source: str) ->
     f"{mfu(found, seconds):.3f}",
     f"  {found.tokens / seconds:,.0f} tokens/s, {per_day / 1e9:.2f} billion a day; this run of "
     f"{config.num_steps:,} steps >= {run:.1f} days",
-    f"  the paper's 87 billion tokens: >= {days:.1f} days, {days * 24 * found.topology.num_chips:,.0f} "
-    "chip-hours",
+    f"  the paper's 87 billion tokens: >= {days:.1f} days, "
+    f"{days * 24 * found.topology.num_chips:,.0f} chip-hours",
   ]
 
 
