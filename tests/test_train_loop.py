@@ -170,7 +170,7 @@ class Killed(BaseException):
 def test_what_was_due_when_a_run_was_killed_is_done_once(shards, tmp_path, monkeypatch):
   config = make_config(shards, num_steps=4, checkpoint_every=2, eval_every=2, sample_every=2)
   config.optimizer.schedule = "constant"
-  samples, evaluate = [], train_loop._Run._evaluate
+  samples, evaluate, export = [], train_loop._Run._evaluate, model_dir.export
   monkeypatch.setattr(train_loop, "write_samples", lambda step, *_: samples.append(step))
 
   def killed(self, state):
@@ -190,9 +190,13 @@ def test_what_was_due_when_a_run_was_killed_is_done_once(shards, tmp_path, monke
   with pytest.raises(TypeError):  # after the last evaluation, before the model directory
     train(config, tmp_path)
   assert done() == [[2, 4], [2, 4]] and samples == [2, 4] and not (tmp_path / "model").exists()
-  monkeypatch.undo()
+  monkeypatch.setattr(train_loop.model_dir, "export", export)
   train(config, tmp_path)
-  assert done() == [[2, 4], [2, 4]] and (tmp_path / "model" / "model.json").exists()
+  assert (
+    done() == [[2, 4], [2, 4]]
+    and samples == [2, 4]
+    and (tmp_path / "model" / "model.json").exists()
+  )
 
 
 def test_profile_of_some_steps(shards, tmp_path):
