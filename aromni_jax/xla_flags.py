@@ -57,11 +57,6 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
       "products than collectives",
     ),
     Flag(
-      "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions",
-      "true",
-      "elementwise operations hide collectives, too: the first gather of a layer",
-    ),
-    Flag(
       "xla_jf_crs_combiner_threshold_in_bytes",
       "1048576",
       "sums of matrices are not joined, since joined ones cannot be hidden",

@@ -152,7 +152,7 @@ def wire(topology: Topology, mesh: jax.sharding.Mesh) -> Callable[[hlo.Collectiv
 
   def seconds(collective: hlo.Collective) -> tuple[str, float]:
     group = [devices[i] for i in collective.group] or list(devices)
-    slices = len({d.slice_index for d in group})
+    slices = len({getattr(d, "slice_index", 0) for d in group})
     coords = np.array([d.coords for d in group])
     dims = tuple(n for n in (len(set(axis)) for axis in coords.T) if n > 1)
     return collective_seconds(topology, collective.opcode, collective.nbytes, dims, slices)
