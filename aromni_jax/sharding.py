@@ -203,6 +203,63 @@ def _product_backward(names, saved, dy):
 _split_product.defvjp(_product_forward, _product_backward)
 
 
+def lookup(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """Returns the rows of a split table, table[ids] in `dtype`, without gathering the table.
+
+  Every device looks up its own columns of all rows that fsdp shares, and they are exchanged; the
+  gradient goes back the same way and is summed where its columns are.
+
+  Args:
+    table: [V, D], named vocab and embed.
+    ids: int32[B, T].
+    dtype: of the rows and of what is exchanged.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return table[ids].astype(dtype)
+  return _split_lookup(table, ids, jnp.dtype(dtype))
+
+
+_TABLE, _IDS = ("vocab", "embed"), ("act_batch", "act_length")
+_ROWS = ("act_batch", "act_length", "act_embed")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _split_lookup(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  def local(table, ids):
+    places, mine = _places(ids, len(table))
+    rows = jnp.where(mine[..., None], table[places].astype(dtype), 0)
+    rows = jax.lax.all_to_all(rows, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+    return jax.lax.psum(rows, "tensor")
+
+  return on_devices(local, (_TABLE, _IDS), _ROWS)(table, ids)
+
+
+def _places(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+  """Places in this device's part of the ids of all rows that fsdp shares, and which it has."""
+  ids = jax.lax.all_gather(ids, "fsdp", axis=0, tiled=True)
+  ids -= jax.lax.axis_index("tensor") * size
+  mine = (ids >= 0) & (ids < size)
+  return jnp.where(mine, ids, 0), mine
+
+
+def _lookup_forward(table, ids, dtype):
+  return _split_lookup(table, ids, dtype), (table, ids)
+
+
+def _lookup_backward(dtype, saved, d_rows):
+  def local(table, ids, d_rows):
+    places, mine = _places(ids, len(table))
+    d_rows = jax.lax.all_to_all(d_rows, "fsdp", split_axis=2, concat_axis=0, tiled=True)
+    d_rows = jnp.where(mine[..., None], d_rows, 0).astype(table.dtype)
+    return jax.lax.psum(jnp.zeros_like(table).at[places].add(d_rows), "data")
+
+  return on_devices(local, (_TABLE, _IDS, _ROWS), _TABLE)(*saved, d_rows), None
+
+
+_split_lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
 def weight(init: nnx.Initializer, *names: str | None) -> nnx.Initializer:
   """Returns an initialiser whose parameter carries the mesh axes of its logical names."""
   axes = tuple(None if n is None else RULES[n] for n in names)

@@ -22,7 +22,7 @@ from aromni_jax.models.attention import (
   splash,
 )
 from aromni_jax.models.config import DecoderConfig
-from aromni_jax.sharding import RULES, product, shard, weight
+from aromni_jax.sharding import RULES, lookup, product, shard, weight
 
 Array = jax.Array
 
@@ -283,7 +283,7 @@ class Decoder(nnx.Module):
         later steps overwrite its slots.
     """
     c = self.config
-    x = self.embedding[...][tokens].astype(c.compute_dtype)
+    x = lookup(self.embedding[...], tokens, c.compute_dtype)
     rotary = rotary_angles(positions, c, c.compute_dtype)
     graphdef, layers = self._split_layers()
 

@@ -151,6 +151,8 @@ def wire(topology: Topology, mesh: jax.sharding.Mesh) -> Callable[[hlo.Collectiv
   devices = mesh.devices.reshape(-1)
 
   def seconds(collective: hlo.Collective) -> tuple[str, float]:
+    if collective.group == hlo.ACROSS:
+      return collective_seconds(topology, collective.opcode, collective.nbytes, (), topology.slices)
     group = [devices[i] for i in collective.group] or list(devices)
     slices = len({getattr(d, "slice_index", 0) for d in group})
     coords = np.array([d.coords for d in group])

@@ -24,8 +24,9 @@ COLLECTIVES = (
   "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
   "ragged-all-to-all", "collective-broadcast",
 )  # fmt: skip
+ACROSS = (-1,)  # group of a collective between slices
 _FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id",
-         "replica-id", "after-all", "opt-barrier")  # fmt: skip
+         "replica-id", "after-all", "opt-barrier", "send", "send-done")  # fmt: skip
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b([a-z]+[0-9a-z]*)\[([\d,]*)\](\{[^}]*\})?")
@@ -214,6 +215,8 @@ class Module:
     """Returns the collectives that an instruction starts, runs or waits for, and which of these:
     "start", "run", "done" or "" where it only goes on beside a computation."""
     opcode = instruction.opcode
+    if opcode == "recv" and "xla_megascale_runtime" in instruction.text:
+      return [(_between_slices(instruction), "start")]  # by way of the hosts; it has a send
     if (base := opcode.removesuffix("-start")) in COLLECTIVES:
       return [(_collective(base, instruction), "start" if opcode != base else "run")]
     found = []
@@ -397,6 +400,17 @@ def _collective(opcode: str, instruction: Instruction) -> Collective:
   largest = max(arrays, key=lambda a: a.nbytes, default=Array("f32", (), False))
   shape = f"{largest.dtype}[{','.join(map(str, largest.dims))}]"
   return Collective(opcode, group, nbytes, shape, channel[1] if channel else instruction.name)
+
+
+def _between_slices(instruction: Instruction) -> Collective:
+  """A collective over slices: each chip exchanges its own array with its likes in the others."""
+  text = instruction.text
+  kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', text)
+  name = re.search(r'_xla_host_transfer_rendezvous="([^"]+)"', text)
+  opcode = kind[1].lower().replace("_", "-") if kind else "collective-permute"
+  array = instruction.arrays[0]
+  shape = f"{array.dtype}[{','.join(map(str, array.dims))}]"
+  return Collective(opcode, ACROSS, array.nbytes, shape, name[1] if name else instruction.name)
 
 
 def _first_group(text: str) -> tuple[int, ...]:
