@@ -12,11 +12,12 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-  """A flag of XLA or libtpu: --name=value, and why it is set."""
+  """A flag of XLA or libtpu: --name=value, why it is set, and the chips that it is not for."""
 
   name: str
   value: str
   reason: str
+  not_on: tuple[str, ...] = ()
 
   def __str__(self) -> str:
     return f"--{self.name}={self.value}"
@@ -41,9 +42,15 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     Flag(
       "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
       "true",
-      "the same for the gathers of parameters that fsdp splits",
+      "the same for the gathers of parameters that fsdp splits; the compiler fails on v6e",
+      not_on=("v6e",),
     ),
-    Flag("xla_enable_async_all_gather", "true", "gathers start early and end when they are needed"),
+    Flag(
+      "xla_enable_async_all_gather",
+      "true",
+      "gathers start early and end when they are needed",
+      not_on=("v6e",),
+    ),
     Flag("xla_enable_async_all_reduce", "true", "the same for sums of gradients"),
     Flag(
       "xla_tpu_enable_async_collective_fusion_fuse_all_reduce",
@@ -55,6 +62,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
       "true",
       "a product may hide several collectives: a backward pass that keeps activations has fewer "
       "products than collectives",
+      not_on=("v6e",),
     ),
     Flag(
       "xla_jf_crs_combiner_threshold_in_bytes",
@@ -99,16 +107,21 @@ VARIABLES: dict[str, tuple[Variable, ...]] = {
 FLAGS_VARIABLE = {"tpu": "LIBTPU_INIT_ARGS", "gpu": "XLA_FLAGS"}
 
 
-def flags_value(platform: str) -> str:
+def flags(platform: str, chip: str = "") -> tuple[Flag, ...]:
+  """Returns the flags of "tpu" or "gpu", for a chip as `hardware.CHIPS` names it."""
+  return tuple(flag for flag in FLAGS[platform] if chip not in flag.not_on)
+
+
+def flags_value(platform: str, chip: str = "") -> str:
   """Returns the value of `FLAGS_VARIABLE[platform]`. Raises KeyError for an unknown platform."""
-  return " ".join(map(str, FLAGS[platform]))
+  return " ".join(map(str, flags(platform, chip)))
 
 
-def environment(platform: str) -> dict[str, str]:
+def environment(platform: str, chip: str = "") -> dict[str, str]:
   """Returns every environment variable of a run on "tpu" or "gpu".
 
   Raises:
     KeyError: for another platform.
   """
   values = {variable.name: variable.value for variable in VARIABLES[platform]}
-  return values | {FLAGS_VARIABLE[platform]: flags_value(platform)}
+  return values | {FLAGS_VARIABLE[platform]: flags_value(platform, chip)}

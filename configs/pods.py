@@ -28,8 +28,8 @@ class Pod:
 
 
 PODS = {
-  "v5e:16x16": Pod(256, 256, "up"),
-  "2xv5e:16x16": Pod(512, 512, "up", data=2),
+  "v5e:16x16": Pod(256, 256, "norms"),
+  "2xv5e:16x16": Pod(512, 512, "norms", data=2),
   "v5p:4x4x8": Pod(128, 256, "norms"),
   "v6e:16x16": Pod(256, 256, "norms"),
   "h100:8": Pod(8, 256, "norms", accumulate=16),

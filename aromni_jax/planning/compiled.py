@@ -25,7 +25,7 @@ from aromni_jax.optimizer import make_optimizer
 from aromni_jax.planning import hlo
 from aromni_jax.planning.network import collective_seconds
 from aromni_jax.vocabulary import PRESETS, Vocabulary, get_vocabulary
-from aromni_jax.xla_flags import FLAGS
+from aromni_jax.xla_flags import flags
 
 TABLE_SHAPE = (8192, 256)  # of the released image codec's embeddings
 
@@ -121,7 +121,7 @@ def compile_step(config: TrainConfig, topology: Topology) -> Compiled:
   began = time.monotonic()
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=topology_devices(topology))
   lowered = lower_step(config, vocabulary_of(config), TABLE_SHAPE, mesh)
-  options = {flag.name: flag.value for flag in FLAGS["tpu"]}
+  options = {flag.name: flag.value for flag in flags("tpu", topology.chip.name)}
   try:
     compiled = lowered.compile(compiler_options=options)
   except jax.errors.JaxRuntimeError as e:
