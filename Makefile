@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 NEXT_PYTHON ?= python3.13
 TREE_TESTS := tests/models tests/decoding tests/test_train_step.py tests/test_inference.py
 
-.PHONY: help demo new-objects test test-next test-tree lint bench convert-7b weights clean
+.PHONY: help demo new-objects test test-next test-tree lint bench convert-7b plan-7b weights clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 $(VENV)/.stamp: setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -46,6 +46,9 @@ bench: $(VENV)/.stamp-dev  ## benchmarks beside their peers, one JSON line each
 
 convert-7b: $(VENV)/.stamp-dev  ## convert a random 7B there and back: 45 GB of disk, about 10 minutes
 	$(BIN)/python -m benchmarks.convert --verify
+
+plan-7b: $(VENV)/.stamp-dev  ## compile the 7B step for every machine, tables in docs/scale.md: an hour
+	$(BIN)/python -m benchmarks.scale
 
 weights: $(VENV)/.stamp  ## rebuild every shipped weight into runs/weights: about two hours
 	PYTHON=$(BIN)/python launch/weights.sh

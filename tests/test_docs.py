@@ -78,8 +78,8 @@ def test_every_option_of_the_launcher_is_on_its_page():
 
 def test_named_jobs_targets_and_files_exist():
   assert set(re.findall(r"^ +aromni (\w+) ", TEXT, re.M)) <= set(JOBS)
-  targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-  assert set(re.findall(r"(?:^ +|`)make ([a-z-]+)", TEXT, re.M)) <= targets
+  targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M))
+  assert set(re.findall(r"(?:^ +|`)make ([a-z0-9-]+)", TEXT, re.M)) <= targets
   for argument in re.findall(r"configs/demo\.py:(\w+)", TEXT):
     assert argument in demo.ARGUMENTS
   for path in re.findall(r"`((?:aromni_jax|configs|launch|docs|codecs|data)/[\w/.]+)`", TEXT):
