@@ -97,8 +97,8 @@ def test_the_largest_batch_is_the_largest():
   [
     ("v5e:16x16", {"model.remat_policy": "none"}),  # recompute more
     ("v5e:16x16", {"batch_size": 4096}),  # fewer rows, or micro-batches
-    ("v5e:16x16", {"mesh.data": 16, "model.remat_policy": "full"}),  # too many copies
-    ("2xv5e:16x16", {"mesh.data": 32, "model.remat_policy": "full"}),
+    ("v5e:16x16", {"mesh.data": 64, "model.remat_policy": "full"}),  # too many copies
+    ("2xv5e:16x16", {"mesh.data": 128, "model.remat_policy": "full"}),
     ("h100:8", {"accumulate": 1, "model.remat_policy": "none"}),
   ],
 )
@@ -115,10 +115,11 @@ def test_what_a_refusal_proposes_fits(topology, changes):
 
 
 def test_where_nothing_fits_it_says_so():
-  run = dataclasses.replace(config(), batch_size=8)
-  with pytest.raises(ValueError, match="v5e:2x4, which has 15.7 .*No batch fits; take more chips"):
-    estimate.check(run, parse_topology("v5e:2x4"))
-  assert estimate.estimate(run, parse_topology("v5e:2x4")).largest_batch == 0
+  """Four chips have 64 GiB; the state alone is 7 billion times 12 bytes."""
+  run, where = dataclasses.replace(config(), batch_size=4), parse_topology("v5e:2x2")
+  with pytest.raises(ValueError, match="v5e:2x2, which has 15.7 .*No batch fits; take more chips"):
+    estimate.check(run, where)
+  assert estimate.estimate(run, where).largest_batch == 0
 
 
 @pytest.mark.parametrize(
