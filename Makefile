@@ -17,9 +17,10 @@ $(VENV)/.stamp: setup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,eval]'
 	@touch $@
 
-# The suite also needs PyTorch: it reads real pickles, and compares with transformers.
+# The suite also needs PyTorch: it reads real pickles, and compares with transformers; and libtpu:
+# it compiles a small step for TPUs.
 $(VENV)/.stamp-dev: $(VENV)/.stamp
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,eval,dev,hf,parquet]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,eval,dev,hf,parquet,tpu]'
 	@touch $@
 
 demo: $(VENV)/.stamp  ## PictoTalk from raw data to a report: about 15 minutes on two cores

@@ -38,6 +38,7 @@ EXTRAS = {
   ],
   # The referees of `aromni evaluate` and the plots of `aromni report`.
   "eval": ["jiwer>=4", "matplotlib>=3.9", "pocketsphinx==5.1.1", "scipy>=1.14"],
+  # TPUs; and on any machine `aromni plan --compile`, since libtpu compiles for TPUs without one.
   "tpu": ["jax[tpu]"],
   "gpu": ["jax[cuda12]"],
   # Reads released checkpoints that are pickles; the peer of conversions and benchmarks.

@@ -36,7 +36,6 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
   "act_heads": "tensor",
   "act_kv_heads": "tensor",
   "act_mlp": "tensor",
-  "act_vocab": "tensor",
 }
 
 

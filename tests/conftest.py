@@ -1,6 +1,11 @@
 """Every test runs on 8 simulated CPU devices; this must happen before anything touches a device."""
 
-import jax
+import os
+
+# Processes that tests start, too; libtpu, which compiles for TPUs, would look for chips in each.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

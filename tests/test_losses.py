@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from aromni_jax import losses
+from aromni_jax import losses, sharding
 
 FIXTURE = pathlib.Path(__file__).parent / "fixtures/parity/aromni_losses.safetensors"
 FIRST_IMAGE, LAST_IMAGE = 4, 8195
@@ -101,3 +101,60 @@ def test_bad_settings_are_named():
     losses.LossConfig(normaliser="mean")
   with pytest.raises(ValueError, match="vocab_block 3 does not divide the 8 ids"):
     losses.token_losses(jnp.zeros((1, 8, 2)), jnp.zeros((2, 8)), jnp.zeros((1, 8), int), 3)
+
+
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)]
+
+
+@pytest.mark.parametrize(
+  "mesh, dtype, tolerance",
+  [*((mesh, "float32", 1e-5) for mesh in MESHES), ((2, 2, 2), "bfloat16", 0.02)],
+)
+def test_blocks_on_every_mesh_equal_the_whole(mesh, dtype, tolerance):
+  """With token weights and z-loss, value and gradients; over tensor the vocabulary is split."""
+  key = jax.random.split(jax.random.key(0), 4)
+  hidden = jax.random.normal(key[0], (8, 4, 16)).astype(dtype)
+  head = jax.random.normal(key[1], (16, 64))
+  targets = jax.random.randint(key[2], (8, 4), 0, 64)
+  targets = targets.at[0].set(jnp.array([0, 7, 8, 63]))  # at the ends of blocks and of devices
+  weights = jax.random.uniform(key[3], (8, 4)) * (targets % 5 > 0)
+
+  def total(hidden, head, block):
+    nll, log_z = losses.token_losses(hidden, head, targets, block)
+    return jnp.sum(weights * nll) + 0.1 * losses.z_loss(log_z, weights)[0], (nll, log_z)
+
+  run = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True), static_argnums=2)
+  want = run(hidden, head, 0)
+  count = int(np.prod(mesh))
+  mesh = sharding.make_mesh(*mesh, devices=jax.devices()[:count])
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(head, jax.NamedSharding(mesh, sharding.spec("embed", "vocab")))
+    got = run(hidden, placed, 4)
+  assert got[1][0].dtype == hidden.dtype and got[1][1].dtype == head.dtype
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    a, b = (np.asarray(x, np.float32) for x in (a, b))
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
+
+
+def test_blocks_must_divide_what_a_device_has():
+  """16 divides 64 ids, but not the 8 of each of 8 devices."""
+  hidden, head, targets = jnp.zeros((8, 4, 16)), jnp.zeros((16, 64)), jnp.zeros((8, 4), int)
+  with (
+    jax.set_mesh(sharding.make_mesh(1, 1, 8)),
+    pytest.raises(ValueError, match="loss.vocab_block 16 does not divide the 8 ids"),
+  ):
+    losses.token_losses(hidden, head, targets, 16)
+
+
+def test_blocks_hold_no_whole_logits():
+  """No array of the program, forward or backward, has the vocabulary as an axis beside tokens."""
+  hidden, head, targets = jnp.zeros((2, 3, 16)), jnp.zeros((16, 64)), jnp.zeros((2, 3), int)
+
+  def program(block):
+    def total(hidden, head):
+      return losses.token_losses(hidden, head, targets, block)[0].sum()
+
+    return jax.jit(jax.grad(total, (0, 1))).lower(hidden, head).as_text()
+
+  assert "2x3x64x" in program(0)
+  assert "2x3x64x" not in program(8) and "2x3x8x" in program(8)

@@ -327,8 +327,7 @@ def cost(
         elif opcode == "call":
           inner = run(instruction.attribute("to_apply"))
         else:
-          names = re.findall(r"%([\w.\-]+)", re.search(r"\{(.*?)\}", instruction.text)[1])
-          inner = max((run(name) for name in names), key=lambda c: c.seconds)
+          inner = max((run(name) for name in _branches(instruction)), key=lambda c: c.seconds)
         total.add(inner, times)
         now += times * inner.seconds
         continue
@@ -377,6 +376,13 @@ def _whole_lines(text: str) -> list[str]:
     else:
       lines.append(line)
   return lines
+
+
+def _branches(conditional: Instruction) -> list[str]:
+  """Names of the computations that a conditional chooses from: by number, or by a predicate."""
+  if match := re.search(r"branch_computations=\{([^}]*)\}", conditional.text):
+    return re.findall(r"%?([\w.\-]+)", match[1])
+  return [conditional.attribute(f"{name}_computation") for name in ("true", "false")]
 
 
 def _hbm(arrays: tuple[Array, ...]) -> float:

@@ -2,18 +2,23 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.ad_checkpoint import saved_residuals
 from safetensors import safe_open
 
 from aromni_jax import sharding
+from aromni_jax.config import TrainConfig, to_dataclass
 from aromni_jax.models import attention as attention_lib
 from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.models.config import DecoderConfig
+from aromni_jax.planning import estimate
+from configs import base
 from tests import released
 
 PARITY = pathlib.Path(__file__).parents[1] / "fixtures/parity"
@@ -170,21 +175,85 @@ def gradient(config, params, graphdef):
   return jax.jit(jax.value_and_grad(loss))(params)
 
 
+@pytest.fixture(scope="module")
+def tiny_gradient():
+  graphdef, params = make(TINY)
+  return gradient(TINY, params, graphdef)
+
+
 @pytest.mark.parametrize(
-  "change", [{"remat_policy": "full"}, {"remat_policy": "dots"}, {"scan_layers": False}]
+  "change", [*({"remat_policy": p} for p in decoder_lib.REMAT_SAVES), {"scan_layers": False}]
 )
-def test_how_it_is_computed_changes_nothing(change):
+def test_how_it_is_computed_changes_nothing(tiny_gradient, change):
   graphdef, params = make(TINY)
   other, _ = make(dataclasses.replace(TINY, **change))
   assert graphdef != other
-  want, got = gradient(TINY, params, graphdef), gradient(TINY, params, other)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), want, got)
+  got = gradient(TINY, params, other)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), tiny_gradient, got)
+
+
+def kept(config, length=12):
+  """(name or "", bytes) of what a layer's backward pass keeps of [2, length] tokens, beside the
+  parameters and what all layers share."""
+  graphdef, stacked = nnx.split(
+    nnx.eval_shape(lambda: decoder_lib.Decoder(config, rngs=nnx.Rngs(0))).layers
+  )
+  params = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), stacked)
+  positions = jnp.broadcast_to(jnp.arange(length), (2, length))
+  rotary = decoder_lib.rotary_angles(positions, config, config.compute_dtype)
+
+  def body(x, params):
+    return nnx.merge(graphdef, params)(x, rotary, positions, jnp.ones_like(positions), None)
+
+  x = jnp.zeros((2, length, config.embed_dim), config.compute_dtype)
+  out = []
+  for value, source in saved_residuals(decoder_lib._remat(body, config.remat_policy), x, params):
+    name = re.match(r"named '(\w+)'", source)
+    if source.startswith("output of shard_map"):  # the kernel, whose names are inside
+      out.append((attention_lib.CONTEXT, value.size * value.dtype.itemsize))
+    elif name or source == "from the argument x" or source.startswith("output of"):
+      out.append((name[1] if name else "", value.size * value.dtype.itemsize))
+  return out
+
+
+@pytest.mark.parametrize("backend", ["xla", "splash"])
+@pytest.mark.parametrize("placement", ["swin", "pre"])
+@pytest.mark.parametrize("policy", decoder_lib.REMAT_SAVES)
+def test_a_layer_keeps_what_its_remat_policy_names(policy, placement, backend):
+  """By name and by bytes; those are what plans reckon with."""
+  length, head_dim = (128, 128) if backend == "splash" else (12, 8)
+  config = dataclasses.replace(
+    TINY,
+    remat_policy=policy,
+    norm_placement=placement,
+    attention=backend,
+    head_dim=head_dim,
+    num_kv_heads=4,
+    mlp_dim=96,
+    dtype="bfloat16",
+  )
+  found = kept(config, length)
+  names = {name for name, _ in found}
+  unused = {"mlp_out"} if placement == "pre" else set()  # nothing after it needs it
+  assert names == {"", *decoder_lib.REMAT_SAVES[policy]} - unused
+  if backend == "splash":
+    run = to_dataclass(TrainConfig, base.get_config().to_dict())
+    run = dataclasses.replace(run, model=config)
+    assert sum(size for _, size in found) == estimate.kept_bytes(run, 1) * 2 * length
+
+
+def test_without_remat_all_is_kept():
+  swin = dataclasses.replace(TINY, norm_placement="swin")
+  sizes = [
+    sum(size for _, size in kept(dataclasses.replace(swin, remat_policy=policy)))
+    for policy in (*decoder_lib.REMAT_SAVES, "none")
+  ]
+  assert sizes == sorted(set(sizes))  # each policy keeps more than the one before
 
 
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)])
-def test_every_mesh_gives_the_same_gradient(mesh):
+def test_every_mesh_gives_the_same_gradient(tiny_gradient, mesh):
   graphdef, params = make(TINY)
-  want = gradient(TINY, params, graphdef)
   mesh = sharding.make_mesh(*mesh)
   shardings = sharding.state_shardings(params, mesh)
   with jax.set_mesh(mesh):
@@ -193,7 +262,7 @@ def test_every_mesh_gives_the_same_gradient(mesh):
     # To the last bit but one: jax 0.12 compiles the normal distribution of a shard otherwise.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7), params, born)
     got = gradient(TINY, born, graphdef)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), want, got)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), tiny_gradient, got)
   kernel = born["layers"]["mlp"]["up"]["kernel"][...]
   fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
   assert kernel.sharding.shard_shape(kernel.shape) == (2, 32 // fsdp, 64 // tensor)
