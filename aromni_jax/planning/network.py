@@ -25,6 +25,13 @@ def torus_of(topology: Topology, size: int) -> tuple[int, ...]:
   return tuple(d for d in dims if d > 1)
 
 
+def _is_ring(topology: Topology, size: int) -> bool:
+  """Whether an axis closes: only whole ones do, of 16 chips in a plane, of multiples of 4 in space.
+  In a line everything passes one way through one link."""
+  whole = 16 if topology.chip.torus_axes == 2 else 4
+  return size in topology.shape and size % whole == 0
+
+
 def collective_seconds(
   topology: Topology, opcode: str, nbytes: float, dims: tuple[int, ...], slices: int = 1
 ) -> tuple[str, float]:
@@ -45,7 +52,7 @@ def collective_seconds(
   exchange = opcode in ("all-to-all", "collective-permute")
   if inside > 1:
     if chip.torus_axes:
-      width = sum(2 * chip.link_bandwidth if d > 2 else chip.link_bandwidth for d in dims)
+      width = sum((2 if _is_ring(topology, d) else 1) * chip.link_bandwidth for d in dims)
     else:
       width = chip.link_bandwidth
     if opcode == "all-to-all":
