@@ -56,6 +56,8 @@ CHIPS = {
   )
 }
 
+# v5e and v6e: one VM has up to this many chips of a slice, but 4 of each larger one.
+_FLAT_HOST = 8
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # v5e and v6e
 
 
@@ -93,6 +95,8 @@ class Topology:
 
   @property
   def hosts_per_slice(self) -> int:
+    if self.chip.torus_axes == 2 and self.chips_per_slice <= _FLAT_HOST:
+      return 1
     return -(-self.chips_per_slice // self.chip.chips_per_host)
 
   @property

@@ -9,7 +9,7 @@ OPTIONS = (
   Option("processes", "How many processes.", 1, kind=whole(1)),
   Option("devices", "Simulated CPU devices per process; by default the real ones.", kind=whole(1)),
   Option("python", "Interpreter that the package is installed in.", sys.executable),
-  Option("restarts", "How often all are started again after an abnormal end.", 3, kind=whole(0)),
+  Option("restarts", "How often all are started again after a kill or 42.", 3, kind=whole(0)),
 )
 
 

@@ -1,13 +1,14 @@
 """What can be known to be wrong before anything is booked."""
 
-import dataclasses
 import os
 import pathlib
 import shutil
 
-from aromni_jax import sharding
+import jax
+
 from aromni_jax.config import TrainConfig
 from aromni_jax.hardware import Topology
+from aromni_jax.planning import estimate
 from launch.shell import SOURCES
 
 _TOOLS = {
@@ -17,45 +18,35 @@ _TOOLS = {
 }
 
 
-def preflight(config: TrainConfig, topology: Topology) -> None:
+def check_fit(config: TrainConfig, topology: Topology) -> None:
   """Checks that a configuration can run on a topology.
 
   Raises:
-    ValueError: if the mesh or the batch does not divide, saying what would.
+    ValueError: if mesh, slices, batch or memory do not, saying what would.
   """
+  jax.config.update("jax_platforms", "cpu")  # shapes only: the chips of this machine are left alone
+  estimate.check(config, topology)
   gpus = topology.chip.platform == "gpu"  # one process each, see launch/slurm.py
-  processes = topology.num_chips if gpus else topology.num_hosts
-  data = check_division(config, topology.num_chips, processes)
-  if data % topology.slices:
-    raise ValueError(
-      f"config.mesh.data is {data}, which is no multiple of the {topology.slices} slices or nodes "
-      f"of {topology.name}; only data crosses the network between them: --config.mesh.data="
-      f"{topology.slices}"
-    )
+  _check_processes(config, topology.num_chips if gpus else topology.num_hosts)
 
 
-def check_division(config: TrainConfig, devices: int, processes: int) -> int:
-  """Checks the mesh and the rows of a batch against devices and processes.
-
-  Returns:
-    the size of the mesh axis data.
+def check_here(config: TrainConfig, devices: int, processes: int) -> None:
+  """Checks mesh and batch against simulated devices of this machine, whose memory nobody knows.
 
   Raises:
-    ValueError: if they do not divide.
+    ValueError: if they do not divide, saying what would.
   """
-  data, fsdp, _ = sharding.mesh_sizes(devices, **dataclasses.asdict(config.mesh))
-  rows = data * fsdp * config.accumulate
-  if config.batch_size % rows:
-    raise ValueError(
-      f"config.batch_size is {config.batch_size}, which is no multiple of {rows}: {data} (data) x "
-      f"{fsdp} (fsdp) x {config.accumulate} (accumulate); take {_near(config.batch_size, rows)}"
-    )
+  estimate.mesh_sizes(config, devices, f"{processes} x {devices // processes} devices")
+  _check_processes(config, processes)
+
+
+def _check_processes(config: TrainConfig, processes: int) -> None:
   if config.batch_size % processes:
+    below = config.batch_size // processes * processes
     raise ValueError(
       f"config.batch_size is {config.batch_size}, which {processes} processes cannot share; take "
-      f"{_near(config.batch_size, processes)}"
+      f"{f'{below} or ' if below else ''}{below + processes}"
     )
-  return data
 
 
 def check_shared(paths: dict[str, str]) -> None:
@@ -95,8 +86,3 @@ def check_tools(tools: tuple[str, ...]) -> None:
   for tool in tools:
     if shutil.which(tool) is None:
       raise FileNotFoundError(f"{tool} is not on PATH; {_TOOLS[tool]}")
-
-
-def _near(value: int, step: int) -> str:
-  below, above = value // step * step, -(-value // step) * step
-  return f"{below} or {above}" if below else str(above)

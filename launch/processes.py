@@ -3,9 +3,10 @@
   python -m launch.processes --processes=2 --logs=runs/launch/demo -- \
     --config=configs/demo.py --workdir=runs/demo
 
-Each process writes process-N.log in --logs, and its lines appear here after [N]. If one ends
-abnormally, the others are ended too, and all start again, up to --restarts times; the training
-goes on from its checkpoint. SIGTERM and Ctrl-C are passed on: the training saves and leaves.
+Each process writes process-N.log in --logs, and its lines appear here after [N]. If one is killed,
+or leaves with 42, the others are ended too, and all start again, up to --restarts times; the
+training goes on from its checkpoint. Any other status is an error that would come again. SIGTERM
+and Ctrl-C are passed on: the training saves and leaves.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import threading
 import time
+
+from aromni_jax import watch
 
 _GRACE = 10.0  # seconds from SIGTERM to SIGKILL for those whose peer has died
 _LOOK = 0.1  # seconds between looks at the processes
@@ -28,11 +31,10 @@ def run(command, count: int, logs: pathlib.Path, restarts: int) -> int:
     command: function of the coordinator's address and the process number that returns an argv.
     count: how many processes.
     logs: folder of their logs; made if it does not exist.
-    restarts: how often all are started again after an abnormal end.
+    restarts: how often all are started again after `watch.RUN_AGAIN` or a kill.
 
   Returns:
-    0, the first exit code that is not 0 (128 + signal for a killed process), or 143 if this
-    process was told to stop.
+    0 or the first exit code that is not (128 + signal for a killed process).
   """
   logs.mkdir(parents=True, exist_ok=True)
   stopped = threading.Event()
@@ -42,10 +44,8 @@ def run(command, count: int, logs: pathlib.Path, restarts: int) -> int:
     for attempt in range(restarts + 1):
       address = f"localhost:{_free_port()}"
       code = _attempt([command(address, i) for i in range(count)], logs, stopped)
-      if stopped.is_set():
-        return 143
-      if code == 0:
-        return 0
+      if stopped.is_set() or not (code == watch.RUN_AGAIN or code >= 128):
+        return code
       left = restarts - attempt
       print(f"== ended with exit code {code}; {left} restarts left", flush=True)
     return code
@@ -68,7 +68,7 @@ def _attempt(commands, logs, stopped) -> int:
     if stopped.is_set() and not told:
       told = True
       _signal(processes, signal.SIGTERM)  # all of them are there to save: no deadline
-    bad = [code for code in codes if code]
+    bad = [code for code in codes if code and not (told and code == watch.RUN_AGAIN)]
     if bad and deadline is None:
       code, deadline = bad[0], time.monotonic() + _GRACE
       _signal(processes, signal.SIGTERM)
@@ -124,7 +124,7 @@ def main(argv: list[str]) -> int:
   )
   parser.add_argument("--processes", type=int, default=1, help="How many processes.")
   parser.add_argument("--logs", required=True, help="Folder of the logs.")
-  parser.add_argument("--restarts", type=int, default=0, help="Restarts after an abnormal end.")
+  parser.add_argument("--restarts", type=int, default=0, help="Restarts after 42 or a kill.")
   at = argv.index("--") if "--" in argv else len(argv)
   options, line = parser.parse_args(argv[:at]), argv[at + 1 :]
 

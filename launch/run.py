@@ -106,7 +106,7 @@ def plan(argv: list[str]) -> tuple[argparse.Namespace, Rendered]:
       )
     if options.devices is not None:
       devices = options.processes * options.devices
-      preflight.check_division(line.config, devices, options.processes)
+      preflight.check_here(line.config, devices, options.processes)
   else:
     if not options.topology:
       raise ValueError(f"--target={options.target} needs --topology, e.g. --topology=v5e:16x16")
@@ -115,7 +115,7 @@ def plan(argv: list[str]) -> tuple[argparse.Namespace, Rendered]:
   job = Job(name, topology, tuple(arguments), line.workdir, folder, options)
   rendered = target.render(job)  # first: it knows best which topology it cannot take
   if topology:
-    preflight.preflight(line.config, topology)
+    preflight.check_fit(line.config, topology)
   if options.target in ("tpu_vm", "xpk"):
     preflight.check_packed(line.config_file)
     if not (options.mounted if options.target == "tpu_vm" else options.storage):

@@ -7,19 +7,16 @@ from aromni_jax import xla_flags
 # What a worker needs to install the package and to read configurations.
 SOURCES = ("setup.py", "pyproject.toml", "aromni_jax", "configs")
 
-# Ends with 143 if it was told to stop, although the training has saved and left with 0: a run that
-# was stopped is not a finished one, and whoever restarts runs must be able to tell.
-SUPERVISE = """\
-stopped=
-trap 'stopped=1; kill -TERM "$child"' {signal}
+# A signal ends `wait` before the training has saved and left, so it is waited for again.
+_SUPERVISE = """\
+told=yes
+trap 'told=yes; {tell}' {signal}
 {command} &
 child=$!
-code=0
-wait "$child" || code=$?
-if [ -n "$stopped" ]; then
-  while kill -0 "$child" 2> /dev/null; do wait "$child" || true; done
-  code=143
-fi
+while [ -n "$told" ]; do
+  told= code=0
+  wait "$child" || code=$?
+done
 """
 
 
@@ -46,11 +43,12 @@ def training(python: str, arguments: tuple[str, ...], coordinator: str | None = 
   return shlex.join([python, "-m", "aromni_jax.train", *arguments, *joins])
 
 
-def supervise(command: str, signal: str = "TERM") -> str:
+def supervise(command: str, signal: str = "TERM", tell: str = 'kill -TERM "$child"') -> str:
   """Returns lines that run a command and leave its exit code in `code`.
 
   Args:
     command: the quoted command.
-    signal: what tells the script to stop; the command gets SIGTERM, and `code` becomes 143.
+    signal: what tells the script to stop.
+    tell: what tells the command, then; it saves and leaves.
   """
-  return SUPERVISE.format(command=command, signal=signal)
+  return _SUPERVISE.format(command=command, signal=signal, tell=tell)

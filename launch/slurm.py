@@ -8,6 +8,7 @@ local rank, so a task per node would leave GPUs idle, and every task must see al
 import shlex
 import sys
 
+from aromni_jax import watch
 from launch import shell
 from launch.job import File, Job, Option, Rendered, whole
 
@@ -20,7 +21,10 @@ OPTIONS = (
   Option("setup", "Shell line before the training, e.g. 'module load cuda'.", ""),
   Option("python", "Interpreter that the package is installed in.", sys.executable),
   Option(
-    "restarts", "How often a crash is queued again; a time limit always is.", 3, kind=whole(0)
+    "restarts",
+    "How often a crash is queued again; a lost node or a time limit always is.",
+    3,
+    kind=whole(0),
   ),
 )
 
@@ -28,14 +32,20 @@ _BATCH = """\
 #!/usr/bin/env bash
 {directives}
 # Two minutes before the time limit SLURM sends USR1 to this script alone (B:), which tells the
-# training to save and leave, and queues the job again. TERM comes from scancel, which must end the
-# job, and from a preemption, after which SLURM itself queues it again (--requeue).
+# training to save and leave, and queues the job again. It tells the tasks, not srun, which would
+# kill them at once. TERM comes from scancel, which must end the job, and from a preemption, after
+# which SLURM itself queues it again (--requeue).
+# SOON is the number of seconds in which no training ends well: what leaves with {again} by then has
+# hosts that do not find each other, for example, and counts as a crash.
 set -euo pipefail
 folder={folder}
+limit=
 {setup}{exports}{supervise}\
-if [ "$code" = 143 ]; then
+if [ "$code" != {again} ] && [ "$code" -lt 128 ]; then
+  exit "$code"  # done, or an error that would come again
+elif [ -n "$limit" ] || {{ [ "$code" = {again} ] && [ "$SECONDS" -ge "${{SOON:-900}}" ]; }}; then
   scontrol requeue "$SLURM_JOB_ID"
-elif [ "$code" != 0 ]; then
+else
   echo "$code" >> "$folder/crashes-$SLURM_JOB_ID"
   crashes=$(wc -l < "$folder/crashes-$SLURM_JOB_ID")
   echo "ended with exit code $code, for the time $crashes of --restarts={restarts}" >&2
@@ -45,6 +55,7 @@ elif [ "$code" != 0 ]; then
 fi
 exit "$code"
 """
+_TELL = 'limit=yes; scancel --signal=TERM "$SLURM_JOB_ID"'  # the tasks: only --batch is the script
 
 
 def render(job: Job) -> Rendered:
@@ -74,15 +85,17 @@ def render(job: Job) -> Rendered:
     "signal": "B:USR1@120",
   }
   lines = [f"#SBATCH --{name}={value}" for name, value in directives.items() if value is not None]
-  # A task that fails ends the others at once.
-  srun = ["srun", "--kill-on-bad-exit=1", f"--output={job.folder}/%j-task%t.log"]
+  # Tasks end together by themselves, each with its own status; killed ones would not tell why.
+  srun = ["srun", "--kill-on-bad-exit=0", "--wait=0", f"--output={job.folder}/%j-task%t.log"]
   srun = shlex.join([*srun, "--open-mode=append"])
+  training = shell.training(options.python, job.arguments)
   batch = _BATCH.format(
     directives="\n".join([*lines, "#SBATCH --requeue"]),
     folder=shlex.quote(job.folder),
     setup=f"{options.setup}\n" if options.setup else "",
     exports=shell.exports("gpu"),
-    supervise=shell.supervise(f"{srun} {shell.training(options.python, job.arguments)}", "USR1"),
+    supervise=shell.supervise(f"{srun} {training}", "USR1", _TELL),
+    again=watch.RUN_AGAIN,
     restarts=options.restarts,
   )
   path = f"{job.folder}/train.sbatch"

@@ -6,6 +6,7 @@ runs on every worker, where the training goes on if the connection is lost.
 
 import shlex
 
+from aromni_jax import watch
 from launch import shell, tpu
 from launch.job import File, Job, Option, Rendered, whole
 
@@ -17,10 +18,12 @@ OPTIONS = (
   Option("spot", "Books Spot VMs: cheaper, and may be preempted.", False),
   Option("reserved", "Books from the project's reservation.", False),
   Option("network", "Network of the VMs.", "default"),
-  Option("restarts", "How often a crash is restarted; preemptions always are.", 3, kind=whole(0)),
+  Option("restarts", "How often a crash is restarted; lost hosts always are.", 3, kind=whole(0)),
   Option("keep", "Keeps the VMs after the end; by default they are deleted.", False),
   Option("mounted", "Says that paths without gs:// are shared folders on every worker.", False),
 )
+
+_ERROR = 3  # what a worker's 1 becomes on its way through gcloud
 
 _WORKER = """\
 #!/usr/bin/env bash
@@ -52,7 +55,9 @@ run)
     echo $! > pid
   fi
   tail --pid="$(cat pid)" -n "$lines" -f "$log" | sed -u "s/^/[$(hostname)] /"
-  exit "$(cat "logs/$attempt.code" 2> /dev/null || echo 143)"
+  code=$(cat "logs/$attempt.code" 2> /dev/null || echo 143)
+  [ "$code" != 1 ] || code={error}  # 1 is how gcloud itself fails
+  exit "$code"
   ;;
 train)
 {exports}{collect}{supervise}\
@@ -78,9 +83,11 @@ _CONTROLLER = """\
 #!/usr/bin/env bash
 # Books TPU VMs, trains on them, and does it again after a preemption. Run it from the checkout.
 # It may be stopped and started again: the training goes on, and it joins it.
-# LOOK is the number of seconds between looks at the queued resource.
+# LOOK is the number of seconds between looks at the queued resource. SOON is the number of seconds
+# in which no training ends well: what leaves with {again} by then has hosts that do not find each
+# other, for example, and counts as a crash.
 set -euo pipefail
-look=${{LOOK:-30}}
+look=${{LOOK:-30}} soon=${{SOON:-900}}
 folder={folder}
 resource=({resource})
 gcloud_tpu() {{ gcloud compute tpus queued-resources "$@"; }}
@@ -144,12 +151,18 @@ while true; do
   fi
   if [ "$code" = 0 ]; then
     say "attempt $attempt"
+    began=$SECONDS
     on_workers {run}" $attempt" 2>&1 | tee -a "$folder/train.log" || code=$?
+    if [ "$code" = {again} ] && [ "$((SECONDS - began))" -ge "$soon" ]; then code=143; fi
   fi
   case $code in
     0) say "the training has ended"; rm -f "$folder/attempt"; finish 0 ;;
     255) say "the connection is lost"; sleep "$look" ;;
-    143) say "the workers were told to stop"; attempt=; sleep "$look" ;;
+    143) say "told to stop, or a host is lost: starting again"; attempt=; sleep "$look" ;;
+    {error})
+      say "the training ended with an error that would come again; see $folder/train.log"
+      rm -f "$folder/attempt"
+      finish 1 ;;
     *)
       attempt= crashes=$((crashes + 1))
       say "ended with exit code $code, for the time $crashes"
@@ -184,6 +197,7 @@ def _worker(job: Job) -> str:
   collects = job.workdir.startswith("gs://")
   logs = shlex.quote(f"{job.workdir.rstrip('/')}/logs")
   return _WORKER.format(
+    error=_ERROR,
     exports=_indent(shell.exports("tpu")),
     collect=_COLLECT.format(logs=logs) if collects else "",
     supervise=_indent(shell.supervise(shell.training(".venv/bin/python", job.arguments))),
@@ -223,6 +237,8 @@ def _controller(job: Job) -> str:
     install=shlex.quote(f"bash {job.name}/worker.sh install"),
     run=shlex.quote(f"bash {job.name}/worker.sh run"),
     restarts=options.restarts,
+    again=watch.RUN_AGAIN,
+    error=_ERROR,
     finish=keep if options.keep else f"release || {failed}",
   )
 

@@ -24,7 +24,7 @@ _TRAIN = """\
 # Runs on every host of the workload, in /app.
 set -euo pipefail
 python -m pip install --quiet --root-user-action=ignore -e '.[tpu]'
-{exports}{supervise}exit "$code"
+{exports}exec {training}
 """
 
 
@@ -38,7 +38,7 @@ def render(job: Job) -> Rendered:
   options, source = job.options, f"{job.folder}/source"
   train = _TRAIN.format(
     exports=shell.exports("tpu"),
-    supervise=shell.supervise(shell.training("python", job.arguments)),
+    training=shell.training("python", job.arguments),
   )
   create = [
     *("xpk", "workload", "create", f"--workload={job.name}", f"--cluster={options.cluster}"),
@@ -47,13 +47,13 @@ def render(job: Job) -> Rendered:
     f"--num-slices={job.topology.slices}",
     *(f"--base-docker-image={options.image}", f"--script-dir={source}"),
     f"--priority={options.priority}",
-    # xpk restarts after the exit codes 42 and 127 to 255: signals and stops, not plain errors.
+    # xpk restarts after the exit codes 42 and 127 to 255 (watch.RUN_AGAIN, signals), no others.
     f"--max-restarts={options.restarts}",
     f"--termination-grace-period-seconds={options.grace}",
   ]
   if options.storage:
     create.append(f"--storage={options.storage}")
-  # exec: xpk passes SIGTERM to the process of its command, which must be the script.
+  # exec, twice: xpk passes SIGTERM to the process of its command, which must be the training.
   create.append("--command=exec bash train.sh")
   archive = f"{job.folder}/source.tar"
   return Rendered(

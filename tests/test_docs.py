@@ -1,5 +1,6 @@
 """Commands in README and docs name jobs, flags, modules, files and make targets that exist."""
 
+import functools
 import pathlib
 import re
 import shlex
@@ -18,6 +19,7 @@ PAGES += [ROOT / "launch/demo.sh", ROOT / "launch/weights.sh"]
 TEXT = "\n".join(p.read_text() for p in PAGES).replace("\\\n", " ")
 
 
+@functools.cache
 def flags_of(module):
   done = subprocess.run(
     [sys.executable, "-m", module, "--helpfull"], cwd=ROOT, capture_output=True, text=True

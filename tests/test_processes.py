@@ -101,7 +101,7 @@ def accidents(tmp_path_factory):
   killed, stopped = (f"time.sleep(1); os.kill(os.getpid(), {n})" for n in (9, 19))
   runs = {
     "killed 0": Workers(2, "steps", "0", killed),
-    "killed 1": Workers(2, "steps", "1", killed),
+    "killed 1": Workers(3, "steps", "1", killed),
     "stopped 0": Workers(2, "steps", "0", stopped),
     "stopped 1": Workers(2, "steps", "1", stopped),
     "hangs": Workers(2, "steps", "1", "time.sleep(100)", STEP="4"),
@@ -144,9 +144,10 @@ def test_an_error_of_one_process_ends_all(accidents):
 
 
 def test_a_killed_process_ends_the_others(accidents):
-  (status, text), (killed, _) = accidents["killed 1"]
-  assert (status, killed) == (42, -signal.SIGKILL), text
-  assert "nothing was heard for 6 s of process 1 (last seen on" in text and "at step 3" in text
+  first, (killed, _), last = accidents["killed 1"]
+  for status, text in (first, last):
+    assert (status, killed) == (42, -signal.SIGKILL), text
+    assert "nothing was heard for 6 s of process 1 (last seen on" in text and "at step 3" in text
   (killed, _), (status, text) = accidents["killed 0"]  # JAX itself ends those without coordinator
   assert (status, killed) == (-signal.SIGABRT, -signal.SIGKILL), text
   assert "leader task was preempted/died" in text
@@ -239,30 +240,28 @@ def test_facts_are_of_config_code_packages_and_data(shards):
 
 
 def test_a_run_survives_on_other_processes_and_meshes(shards, tmp_path):
-  """Four processes until one is killed, two until one is told to leave, then one: the losses of an
-  unbroken run in one process, with mixing and packing."""
+  """Two processes until one is killed, again until one is told to leave, then one on another mesh:
+  the losses of an unbroken run in one process, with mixing and packing."""
   one, many = tmp_path / "one", tmp_path / "many"
   changes = {
-    "optimizer.schedule": "constant",
     "optimizer.name": "adam",  # fewer collectives, which are slow between processes
     "model.num_layers": 1,
     "checkpoint_every": 2,
     "export_dtype": "float32",
   }
   endless = [f"--config.{k}={v}" for k, v in changes.items()] + ["--config.num_steps=1000"]
+  endless += ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
 
-  workers = start_all(shards, many, 4, 2, *endless, "--config.mesh.data=2", "--config.mesh.fsdp=4")
+  workers = start_all(shards, many, 2, 2, *endless)
   wait_for(many / "metrics.jsonl", 3, workers[0])
-  workers[2].send_signal(signal.SIGKILL)
+  workers[1].send_signal(signal.SIGKILL)
   statuses, logs = end_all(workers)
-  assert statuses == [42, 42, -signal.SIGKILL, 42], logs[0][-3000:]
-  for i in (0, 1, 3):
-    assert "error: nothing was heard for 10 s of process 2 (last seen on" in logs[i], logs[i][
-      -3000:
-    ]
+  assert statuses == [42, -signal.SIGKILL], logs[0][-3000:]
+  message = "error: nothing was heard for 10 s of process 1 (last seen on"
+  assert message in logs[0], logs[0][-3000:]
   killed_after = max(losses(many))
 
-  workers = start_all(shards, many, 2, 4, *endless, "--config.mesh.data=4", "--config.mesh.fsdp=2")
+  workers = start_all(shards, many, 2, 2, *endless)  # finds its programs compiled
   wait_for(many / "metrics.jsonl", killed_after + 1, workers[0])
   workers[1].send_signal(signal.SIGTERM)
   statuses, logs = end_all(workers)

@@ -109,26 +109,41 @@ class Estimate:
     return self.model_flops / peak / self.seconds
 
 
+def mesh_sizes(config: TrainConfig, devices: int, where: str) -> tuple[int, int, int]:
+  """Returns the sizes of the mesh axes over a number of devices.
+
+  Args:
+    config: the run.
+    devices: how many.
+    where: they are, for the message.
+
+  Raises:
+    ValueError: if the mesh or the batch do not divide.
+  """
+  sizes = sharding.mesh_sizes(devices, **dataclasses.asdict(config.mesh))
+  shards = sizes[0] * sizes[1] * config.accumulate
+  if config.batch_size % shards:
+    below = config.batch_size // shards * shards
+    raise ValueError(
+      f"config.batch_size {config.batch_size} is no multiple of {shards}: {sizes[0]} (data) x "
+      f"{sizes[1]} (fsdp) x {config.accumulate} (accumulate) on {where}; take "
+      f"{f'{below} or ' if below else ''}{below + shards}"
+    )
+  return sizes
+
+
 def abstract_mesh(config: TrainConfig, topology: Topology) -> AbstractMesh:
   """Returns the mesh over the chips of a topology, without devices.
 
   Raises:
     ValueError: if the mesh, the slices or the batch do not divide.
   """
-  sizes = sharding.mesh_sizes(topology.num_chips, **dataclasses.asdict(config.mesh))
+  sizes = mesh_sizes(config, topology.num_chips, topology.name)
   if sizes[0] % topology.slices:
     raise ValueError(
       f"config.mesh.data is {sizes[0]}, no multiple of the {topology.slices} slices or nodes of "
       f"{topology.name}; only data crosses the network between them: "
       f"--config.mesh.data={topology.slices}"
-    )
-  shards = sizes[0] * sizes[1] * config.accumulate
-  if config.batch_size % shards:
-    below = config.batch_size // shards * shards
-    raise ValueError(
-      f"config.batch_size {config.batch_size} is no multiple of {shards}: {sizes[0]} (data) x "
-      f"{sizes[1]} (fsdp) x {config.accumulate} (accumulate) on {topology.name}; take "
-      f"{f'{below} or ' if below else ''}{below + shards}"
     )
   return AbstractMesh(sizes, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 

@@ -14,11 +14,11 @@ from launch import run, tpu
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CLOUD = ("--project=my-project", "--zone=us-west4-a")
-LINE = (
-  *("--config=configs/pretrain_7b.py", "--workdir=gs://bucket/runs/first"),
+REST = (
+  *("--workdir=gs://bucket/runs/first", "--config.optimizer.learning_rate=1e-4"),
   *("--config.base=gs://bucket/anole", "--config.data.shards=gs://bucket/tokens"),
-  *("--config.batch_size=512", "--config.optimizer.learning_rate=1e-4"),
 )
+LINE = ("--config=configs/pretrain_7b.py", *REST)
 HERE = ("--config=configs/demo.py:tiny", "--workdir=runs/tiny")
 
 CASES = {
@@ -26,18 +26,27 @@ CASES = {
   "tpu_vm_two_slices": (
     *("--target=tpu_vm", "--topology=2xv5p:4x4x8", "--spot", "--keep", "--restarts=0"),
     *("--name=two", "--out=elsewhere", *CLOUD, "--mounted", "--"),
-    *(*LINE, "--workdir=/mnt/shared/first", "--config.mesh.data=2"),
+    *("--config=configs/pretrain_7b.py:released,v5p:4x4x8", *REST),
+    *("--workdir=/mnt/shared/first", "--config.mesh.data=2"),
   ),
-  "xpk": ("--target=xpk", "--topology=v5p:4x4x8", *CLOUD, "--cluster=pod", "--", *LINE),
+  "xpk": (
+    *("--target=xpk", "--topology=v5p:4x4x8", *CLOUD, "--cluster=pod", "--"),
+    *("--config=configs/pretrain_7b.py:v5p:4x4x8", *REST),
+  ),
   "xpk_two_slices": (
     *("--target=xpk", "--topology=2xv5e:16x16", *CLOUD, "--cluster=pod", "--storage=disk"),
-    *("--priority=high", "--restarts=5", "--", *LINE, "--config.mesh.data=2"),
+    *("--priority=high", "--restarts=5", "--"),
+    *("--config=configs/pretrain_7b.py:2xv5e:16x16", *REST),
   ),
-  "slurm": ("--target=slurm", "--topology=h100:8", "--python=python", "--", *LINE),
+  "slurm": (
+    *("--target=slurm", "--topology=h100:8", "--python=python", "--"),
+    *("--config=configs/pretrain_7b.py:h100:8", *REST),
+  ),
   "slurm_two_nodes": (
     *("--target=slurm", "--topology=h100:16", "--partition=gpu", "--account=me"),
     *("--setup=module load cuda", "--python=.venv/bin/python", "--time=02:00:00", "--"),
-    *(*LINE, "--config.mesh.data=2"),
+    *("--config=configs/finetune_7b.py:h100:8", *REST),
+    *("--config.mesh.data=2", "--config.accumulate=4"),
   ),
   "local": (
     *("--target=local", "--processes=2", "--devices=2", "--python=python", "--name=two"),
@@ -45,8 +54,7 @@ CASES = {
   ),
   "colab": (
     *("--target=colab", "--topology=v6e:1x1", "--repository=https://example.com/aromni_jax"),
-    *("--", "--config=configs/finetune_7b.py", "--workdir=/content/drive/MyDrive/fine-tune"),
-    *("--config.base=/content/drive/MyDrive/chat",),
+    *("--", "--config=configs/demo.py:shipped", "--workdir=/content/drive/MyDrive/demo"),
   ),
 }
 
@@ -136,11 +144,16 @@ WRONG = {
   "name": (changed("tpu_vm", "--name=My_Run"), "--name=My_Run is no name for a job"),
   "mesh": (changed("tpu_vm", "--config.mesh.tensor=3"), "does not cover 256 devices"),
   "mesh here": (changed("local", "--config.mesh.tensor=3"), "does not cover 4 devices"),
+  "mesh and rows here": (changed("local", "--config.batch_size=6"), "no multiple of 4: .*4 or 8"),
   "slices": (changed("xpk", "--topology=2xv5p:4x4x4"), "of the 2 slices .*--config.mesh.data=2"),
   "rows": (changed("tpu_vm", "--config.batch_size=480"), "no multiple of 256: .*take 256 or 512"),
   "micro-batches": (changed("tpu_vm", "--config.accumulate=4"), "1024: .* take 1024"),
+  "memory": (
+    changed("tpu_vm", "--topology=v5e:4x4"),
+    "GiB on each chip of v5e:4x4, which has .*This fits: --config.model.remat_policy=",
+  ),
   "processes": (
-    changed("slurm", "--config.batch_size=12", "--config.mesh.tensor=4"),
+    changed("slurm", "--config.batch_size=12", "--config.mesh.tensor=4", "--config.accumulate=2"),
     "which 8 processes cannot share; take 8 or 16",
   ),
   "workdir": (changed("tpu_vm", "--workdir=runs/x"), "--workdir=runs/x is on this machine"),
@@ -216,4 +229,4 @@ def test_colab_writes_its_notebook(tmp_path, monkeypatch):
   monkeypatch.setattr(run, "ROOT", tmp_path)
   assert run.main(list(CASES["colab"])) == 0
   (path,) = (p for p in tmp_path.rglob("*") if p.is_file())
-  assert path.relative_to(tmp_path) == pathlib.Path("runs/launch/fine-tune/fine-tune.ipynb")
+  assert path.relative_to(tmp_path) == pathlib.Path("runs/launch/demo/demo.ipynb")

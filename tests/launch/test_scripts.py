@@ -16,14 +16,10 @@ import pytest
 from launch import run
 
 AWKWARD = (
-  "--config=configs/pretrain_7b.py",
   "--workdir=gs://bucket/first run",
   '--config.data.shards=gs://bucket/it\'s "so"/$HOME/`date`/\\n/*/{a}/%(b)s/#!&',
   "--config.base=gs://bucket/anole",
-  "--config.batch_size=512",
-  "--config.mesh.data=2",
 )
-TRAINING = ["-m", "aromni_jax.train", *AWKWARD]
 CLOUD = ("--project=p", "--zone=z", "--name=first")
 
 # Plays the interpreter of a worker: records the training, then ends as the next of `ends` says.
@@ -41,8 +37,9 @@ with (place / "trainings").open("a") as f:
   f.write(json.dumps([sys.argv[1:], os.environ.get("JAX_PLATFORMS")]) + "\\n")
 print("a line of the log", flush=True)
 if (place / "wait").exists():
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # saves and leaves, as the training does
-  (place / "waiting").touch()
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))  # saves and leaves, as the training does
+  (place / "starting").write_text(str(os.getpid()))
+  (place / "starting").rename(place / "waiting")
   time.sleep(60)
 ends = (place / "ends").read_text().split() if (place / "ends").exists() else []
 (place / "ends").write_text(" ".join(ends[1:]))
@@ -101,7 +98,7 @@ sys.exit(subprocess.run(["bash", "-c", "(" + value["command"] + ") & PID=$!; wai
 
 SLURM = """\
 #!{python}
-import json, os, pathlib, subprocess, sys
+import json, os, pathlib, signal, subprocess, sys
 place, name, argv = pathlib.Path({place!r}), pathlib.Path(sys.argv[0]).name, sys.argv[1:]
 with (place / "slurm").open("a") as f:
   f.write(json.dumps([name, *argv]) + "\\n")
@@ -110,7 +107,20 @@ if name == "sbatch":
 if name == "srun":
   first = next(i for i, a in enumerate(argv) if not a.startswith("--"))
   os.execvp(argv[first], argv[first:])
+if name == "scancel":
+  os.kill(int((place / "waiting").read_text()), signal.SIGTERM)
 """
+
+
+def line(own):
+  """The training line of a launch: the configuration for its chips, and awkward words."""
+  (topology,) = (a.partition("=")[2] for a in own if a.startswith("--topology="))
+  name = "demo.py:shipped" if topology == "v5e:1x1" else f"pretrain_7b.py:{topology}"
+  return [f"--config=configs/{name}", *AWKWARD]
+
+
+def training(own):
+  return ["-m", "aromni_jax.train", *line(own), "--coordinator=auto"]
 
 
 class Place:
@@ -123,18 +133,19 @@ class Place:
     for name in ("setup.py", "pyproject.toml"):
       (path / name).touch()
     programs = {"python": PYTHON, "python3": PYTHON, "gcloud": GCLOUD, "xpk": XPK}
-    programs |= {name: SLURM for name in ("sbatch", "srun", "scontrol")}
+    programs |= {name: SLURM for name in ("sbatch", "srun", "scontrol", "scancel")}
     for name, text in programs.items():
       file = path / "bin" / name
       own = str(path / "bin/python")
       file.write_text(text.format(python=sys.executable, place=str(path), own=own))
       file.chmod(0o755)
-    # Keeps the order of looks, but does not wait.
-    self.env = os.environ | {"PATH": f"{path / 'bin'}:{os.environ['PATH']}", "LOOK": "0.1"}
+    # Keeps the order of looks, but does not wait; no end comes too soon.
+    self.env = os.environ | {"PATH": f"{path / 'bin'}:{os.environ['PATH']}"}
+    self.env |= {"LOOK": "0.1", "SOON": "0"}
 
   def start(self, *argv):
     """Starts the script that a command line renders."""
-    script = run.plan([*argv, "--", *AWKWARD])[1].script()
+    script = run.plan([*argv, "--", *line(argv)])[1].script()
     (self.path / "script.sh").write_text(script)
     return subprocess.Popen(
       ["bash", "-e", "script.sh"],
@@ -173,7 +184,7 @@ TPU_VM = ("--target=tpu_vm", "--topology=v5e:16x16", *CLOUD)
 def test_tpu_vm_passes_the_line_and_collects_logs(place):
   code, output = place.run(*TPU_VM)
   assert code == 0, output
-  assert place.records("trainings") == [[[*TRAINING, "--coordinator=auto"], "tpu,cpu"]]
+  assert place.records("trainings") == [[training(TPU_VM), "tpu,cpu"]]
   assert "] a line of the log" in (place.path / "runs/launch/first/train.log").read_text()
   (log,) = (place.path / "bucket/bucket/first run/logs").rglob("*.log")
   assert log.read_text() == "a line of the log\n"
@@ -183,20 +194,31 @@ def test_tpu_vm_passes_the_line_and_collects_logs(place):
 
 
 def test_tpu_vm_restarts_crashes_and_books_again_after_preemptions(place):
-  (place.path / "ends").write_text("3 preempted 4 0")
+  """42 is no crash: a host was lost, or told to stop."""
+  (place.path / "ends").write_text("137 preempted 42 134 0")
   code, output = place.run(*TPU_VM, "--restarts=2")
   assert code == 0, output
-  assert place.records("trainings") == [[[*TRAINING, "--coordinator=auto"], "tpu,cpu"]] * 4
+  assert place.records("trainings") == [[training(TPU_VM), "tpu,cpu"]] * 5
   verbs = [argv[3] for argv in place.records("gcloud") if argv[0] == "compute"]
   assert verbs.count("create") == verbs.count("delete") == 2, output
 
 
-def test_tpu_vm_gives_up_after_its_restarts_and_releases(place):
-  (place.path / "ends").write_text("3 3 3")
+@pytest.mark.parametrize("end, soon", [("137", "0"), ("42", "1000")])
+def test_tpu_vm_gives_up_after_its_restarts_and_releases(place, end, soon):
+  """Of crashes, and of ends that come too soon for a training: hosts that cannot be reached."""
+  (place.path / "ends").write_text(f"{end} {end} {end}")
+  place.env["SOON"] = soon
   code, output = place.run(*TPU_VM, "--restarts=1")
-  assert code == 3 and "more than --restarts=1" in output
+  assert code == int(end) and "more than --restarts=1" in output
   assert len(place.records("trainings")) == 2
   assert not (place.path / "state").exists()
+
+
+def test_tpu_vm_does_not_restart_an_error(place):
+  (place.path / "ends").write_text("1 0")
+  code, output = place.run(*TPU_VM)
+  assert code == 1 and "an error that would come again" in output
+  assert len(place.records("trainings")) == 1 and not (place.path / "state").exists()
 
 
 def test_tpu_vm_joins_what_still_runs(place):
@@ -219,7 +241,7 @@ def test_tpu_vm_joins_what_still_runs(place):
     if second.poll() is None:
       os.killpg(second.pid, signal.SIGKILL)
     first.communicate()
-  assert second.returncode == 0 and "the workers were told to stop" in rest
+  assert second.returncode == 0 and "told to stop, or a host is lost" in rest
   assert len(place.records("trainings")) == 2
 
 
@@ -236,56 +258,70 @@ XPK_LINE = ("--target=xpk", "--topology=2xv5e:16x16", *CLOUD, "--cluster=c")
 def test_xpk_passes_the_line(place):
   code, output = place.run(*XPK_LINE)
   assert code == 0, output
-  assert place.records("trainings") == [[[*TRAINING, "--coordinator=auto"], "tpu,cpu"]]
+  assert place.records("trainings") == [[training(XPK_LINE), "tpu,cpu"]]
   (argv,) = place.records("xpk")
   assert argv[:2] == ["workload", "create"]
   assert {"--device-type=v5litepod-256", "--num-slices=2"} <= set(argv)
 
 
 def test_a_stopped_pod_does_not_look_finished(place):
-  """xpk restarts after 143, and would take the 0 of a training that has saved for the end."""
+  """The training itself is told, and its 42 reaches xpk, which restarts after it."""
   place.run(*XPK_LINE)
   (place.path / "wait").touch()
   command = ["bash", "train.sh"]
   pod = subprocess.Popen(command, cwd=place.path / "runs/launch/first/source", env=place.env)
   place.wait_for("waiting")
   pod.terminate()
-  assert pod.wait(timeout=30) == 143
+  assert pod.wait(timeout=30) == 42
 
 
-SBATCH = ("--target=slurm", "--topology=h100:16", "--name=first", "--python=python")
+SBATCH = ("--target=slurm", "--topology=h100:8", "--name=first", "--python=python")
 REQUEUE = ["scontrol", "requeue", "7"]
 
 
 def test_slurm_passes_the_line(place):
   code, output = place.run(*SBATCH)
   assert code == 0, output
-  assert place.records("trainings") == [[[*TRAINING, "--coordinator=auto"], "cuda,cpu"]]
+  assert place.records("trainings") == [[training(SBATCH), "cuda,cpu"]]
   assert REQUEUE not in place.records("slurm")
 
 
-def test_slurm_queues_crashes_again_up_to_its_restarts(place):
-  (place.path / "ends").write_text("3 3")
-  for requeued in (1, 1):
-    assert place.run(*SBATCH, "--restarts=1")[0] == 3
-    assert place.records("slurm").count(REQUEUE) == requeued
+@pytest.mark.parametrize(
+  "end, soon, requeued",
+  [
+    ("137", "0", [1, 1]),
+    ("42", "0", [1, 2]),  # a node was lost: no crash
+    ("42", "1000", [1, 1]),  # nodes that cannot be reached, so soon
+    ("1", "0", [0, 0]),  # an error that would come again
+  ],
+)
+def test_slurm_queues_crashes_again_up_to_its_restarts(place, end, soon, requeued):
+  (place.path / "ends").write_text(f"{end} {end}")
+  place.env["SOON"] = soon
+  for count in requeued:
+    assert place.run(*SBATCH, "--restarts=1")[0] == int(end)
+    assert place.records("slurm").count(REQUEUE) == count
 
 
 @pytest.mark.parametrize("number, requeued", [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
 def test_slurm_queues_a_job_at_its_time_limit_again(place, number, requeued):
-  """SLURM sends what --signal names before the limit; SIGTERM is scancel, which must not."""
+  """SLURM sends what --signal names before the limit; SIGTERM is scancel, which must not.
+
+  The tasks are told: srun makes SIGKILL of the SIGTERM that it gets.
+  """
   (place.path / "wait").touch()
-  (script,) = run.plan([*SBATCH, "--restarts=0", "--", *AWKWARD])[1].files
+  (script,) = run.plan([*SBATCH, "--restarts=0", "--", *line(SBATCH)])[1].files
   assert "#SBATCH --signal=B:USR1@" in script.text
   path = place.path / script.path
   path.parent.mkdir(parents=True)
   path.write_text(script.text)
-  env = place.env | {"SLURM_JOB_ID": "7"}
+  env = place.env | {"SLURM_JOB_ID": "7", "SOON": "1000"}
   job = subprocess.Popen(["bash", str(path)], cwd=place.path, env=env, start_new_session=True)
   place.wait_for("waiting")
   job.send_signal(number)
   code = job.wait(timeout=30)
-  assert (code == 143) == requeued
+  assert (code == 42) == requeued
+  assert (["scancel", "--signal=TERM", "7"] in place.records("slurm")) == requeued
   assert (REQUEUE in place.records("slurm")) == requeued
   if not requeued:
     os.killpg(job.pid, signal.SIGKILL)  # SLURM tells the tasks itself
@@ -293,24 +329,23 @@ def test_slurm_queues_a_job_at_its_time_limit_again(place, number, requeued):
 
 def test_colab_cells_pass_the_line(place):
   argv = ("--target=colab", "--topology=v5e:1x1", "--repository=unused", "--name=first")
-  line = [a for a in AWKWARD if a != "--config.mesh.data=2"]  # one chip
-  (file,) = run.plan([*argv, "--", *line])[1].files
+  (file,) = run.plan([*argv, "--", *line(argv)])[1].files
   (cell,) = (c for c in json.loads(file.text)["cells"] if "aromni_jax.train" in str(c["source"]))
   magic, *lines = cell["source"]
   assert magic == "%%bash\n"
   subprocess.run(["bash", "-c", "".join(lines)], cwd=place.path, env=place.env, check=True)
-  assert place.records("trainings") == [[["-m", "aromni_jax.train", *line], "tpu,cpu"]]
+  assert place.records("trainings") == [[training(argv)[:-1], "tpu,cpu"]]
 
 
 def test_signals_reach_what_was_launched(place):
   """Without --dry-run: the command takes the launcher's place, and is told to save."""
   (place.path / "wait").touch()
   own = ("--target=local", f"--python={place.path / 'bin/python'}", f"--out={place.path}")
-  line = ("--config=configs/demo.py:tiny", "--workdir=two words")
-  command = [sys.executable, "-m", "launch.run", *own, "--", *line]
+  words = ("--config=configs/demo.py:tiny", "--workdir=two words")
+  command = [sys.executable, "-m", "launch.run", *own, "--", *words]
   launcher = subprocess.Popen(command, cwd=run.ROOT, env=place.env)
   place.wait_for("waiting")
   launcher.terminate()
-  assert launcher.wait(timeout=30) == 0
+  assert launcher.wait(timeout=30) == 42
   ((argv, _),) = place.records("trainings")
-  assert argv[:2] == ["-m", "launch.processes"] and argv[-3:] == ["--", *line]
+  assert argv[:2] == ["-m", "launch.processes"] and argv[-3:] == ["--", *words]
