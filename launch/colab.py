@@ -47,7 +47,7 @@ def render(job: Job) -> Rendered:
   platform = topology.chip.platform
   install = _INSTALL.format(repository=shlex.quote(job.options.repository), extra=platform)
   train = _TRAIN.format(
-    exports=shell.exports(platform),
+    exports=shell.exports(platform, job.topology.chip.name),
     command=shell.training("python", job.arguments, coordinator=None),
   )
   heading = (

@@ -67,6 +67,30 @@ def check_shared(paths: dict[str, str]) -> None:
       )
 
 
+def check_mounted(buckets: tuple[str, ...], target: str, storage: str) -> None:
+  """Checks that somebody mounts the buckets of a line: training reads and writes files.
+
+  Args:
+    buckets: names.
+    target: where it runs; tpu_vm mounts them itself.
+    storage: of xpk, or "".
+
+  Raises:
+    ValueError: saying how to mount the first that nobody mounts.
+  """
+  if not buckets or target == "tpu_vm" or (target == "xpk" and storage):
+    return
+  hint = "mount it on every machine, and give the path there"
+  if target == "xpk":
+    hint = (
+      f"attach it once (xpk storage attach NAME --type=gcsfuse --bucket={buckets[0]} "
+      f"--mount-point=/mnt/{buckets[0]} ...) and name it with --storage=NAME"
+    )
+  raise ValueError(
+    f"gs://{buckets[0]} must be mounted, since training reads and writes files: {hint}"
+  )
+
+
 def check_packed(config_file: str) -> None:
   """Checks that a configuration file is in what workers get.
 

@@ -23,7 +23,7 @@ from ml_collections import config_flags
 from aromni_jax import train
 from aromni_jax.config import TrainConfig, to_dataclass
 from aromni_jax.hardware import parse_topology
-from launch import colab, local, preflight, slurm, tpu_vm, xpk
+from launch import colab, local, preflight, shell, slurm, tpu_vm, xpk
 from launch.job import Job, Option, Rendered, check_name
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -121,6 +121,8 @@ def plan(argv: list[str]) -> tuple[argparse.Namespace, Rendered]:
     if not (options.mounted if options.target == "tpu_vm" else options.storage):
       paths = {"workdir": line.workdir, "config.data.shards": line.config.data.shards}
       preflight.check_shared(paths | {"config.base": line.config.base})
+  storage = options.storage if options.target == "xpk" else ""
+  preflight.check_mounted(shell.mounted(job.arguments)[1], options.target, storage)
   return options, rendered
 
 

@@ -25,15 +25,37 @@ def pack(archive: str) -> tuple[str, ...]:
   return ("tar", "--exclude=__pycache__", "-cf", archive, *SOURCES)
 
 
-def exports(platform: str) -> str:
-  """Returns lines that export flags and variables of "tpu" or "gpu", each with its reason."""
+def mounted(arguments: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  """Returns a training line whose buckets are folders, and their names.
+
+  Training reads and writes files, so workers mount gs://BUCKET at /mnt/BUCKET.
+  """
+  buckets: dict[str, None] = {}
+  out = []
+  for argument in arguments:
+    flag, _, value = argument.partition("=")
+    if value.startswith("gs://"):
+      bucket, _, rest = value.removeprefix("gs://").partition("/")
+      buckets[bucket] = None
+      argument = f"{flag}=/mnt/{bucket}/{rest}"
+    out.append(argument)
+  return tuple(out), tuple(buckets)
+
+
+def exports(platform: str, chip: str = "") -> str:
+  """Returns lines that export flags and variables of "tpu" or "gpu", each with its reason.
+
+  Args:
+    platform: "tpu" or "gpu".
+    chip: as `hardware.CHIPS` names it.
+  """
   lines = []
   for variable in xla_flags.VARIABLES[platform]:
     lines += [f"# {variable.reason}", f"export {variable.name}={shlex.quote(variable.value)}"]
-  flags = xla_flags.FLAGS[platform]
+  flags = xla_flags.flags(platform, chip)
   lines += [f"# {flag}: {flag.reason}" for flag in flags]
   name = xla_flags.FLAGS_VARIABLE[platform]
-  lines.append(f"export {name}={shlex.quote(xla_flags.flags_value(platform))}")
+  lines.append(f"export {name}={shlex.quote(xla_flags.flags_value(platform, chip))}")
   return "\n".join(lines) + "\n"
 
 

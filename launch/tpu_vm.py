@@ -40,7 +40,7 @@ install)
   python3 -m pip install --quiet --user uv
   ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv
   ~/.local/bin/uv pip install --quiet --python .venv/bin/python -e '.[tpu]'
-  ;;
+{mounts}  ;;
 run)
   mkdir -p logs
   log=logs/$attempt.log lines=20
@@ -64,6 +64,15 @@ train)
   echo "$code" > "logs/$attempt.code"
 {collected}  ;;
 esac
+"""
+
+# Training reads and writes files.
+_MOUNT = """\
+  mountpoint -q {folder} || {{
+    sudo mkdir -p {folder}
+    sudo chown "$(id -u)" {folder}
+    gcsfuse --implicit-dirs {bucket} {folder}
+  }}
 """
 
 # A preempted VM is gone at once: its log must be somewhere else by then.
@@ -196,11 +205,15 @@ def render(job: Job) -> Rendered:
 def _worker(job: Job) -> str:
   collects = job.workdir.startswith("gs://")
   logs = shlex.quote(f"{job.workdir.rstrip('/')}/logs")
+  arguments, buckets = shell.mounted(job.arguments)
   return _WORKER.format(
+    mounts="".join(
+      _MOUNT.format(bucket=shlex.quote(b), folder=shlex.quote(f"/mnt/{b}")) for b in buckets
+    ),
     error=_ERROR,
-    exports=_indent(shell.exports("tpu")),
+    exports=_indent(shell.exports("tpu", job.topology.chip.name)),
     collect=_COLLECT.format(logs=logs) if collects else "",
-    supervise=_indent(shell.supervise(shell.training(".venv/bin/python", job.arguments))),
+    supervise=_indent(shell.supervise(shell.training(".venv/bin/python", arguments))),
     collected=_COLLECTED if collects else "",
   )
 

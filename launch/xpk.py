@@ -16,7 +16,7 @@ OPTIONS = (
   Option("priority", "very-low | low | medium | high | very-high.", "medium"),
   Option("restarts", "How often the job set is restarted.", 100, kind=whole(0)),
   Option("grace", "Seconds from SIGTERM to the end of a pod, to save in.", 300, kind=whole(1)),
-  Option("storage", "xpk storage that is mounted; then paths may be without gs://."),
+  Option("storage", "xpk storage that mounts the bucket at /mnt/BUCKET, or a file system."),
 )
 
 _TRAIN = """\
@@ -37,8 +37,8 @@ def render(job: Job) -> Rendered:
   tpu.require_tpu(job.topology, "xpk")
   options, source = job.options, f"{job.folder}/source"
   train = _TRAIN.format(
-    exports=shell.exports("tpu"),
-    training=shell.training("python", job.arguments),
+    exports=shell.exports("tpu", job.topology.chip.name),
+    training=shell.training("python", shell.mounted(job.arguments)[0]),
   )
   create = [
     *("xpk", "workload", "create", f"--workload={job.name}", f"--cluster={options.cluster}"),

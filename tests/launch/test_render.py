@@ -18,6 +18,7 @@ REST = (
   *("--workdir=gs://bucket/runs/first", "--config.optimizer.learning_rate=1e-4"),
   *("--config.base=gs://bucket/anole", "--config.data.shards=gs://bucket/tokens"),
 )
+SHARED = tuple(word.replace("gs://bucket", "/shared") for word in REST)
 LINE = ("--config=configs/pretrain_7b.py", *REST)
 HERE = ("--config=configs/demo.py:tiny", "--workdir=runs/tiny")
 
@@ -30,7 +31,7 @@ CASES = {
     *("--workdir=/mnt/shared/first", "--config.mesh.data=2"),
   ),
   "xpk": (
-    *("--target=xpk", "--topology=v5p:4x4x8", *CLOUD, "--cluster=pod", "--"),
+    *("--target=xpk", "--topology=v5p:4x4x8", *CLOUD, "--cluster=pod", "--storage=disk", "--"),
     *("--config=configs/pretrain_7b.py:v5p:4x4x8", *REST),
   ),
   "xpk_two_slices": (
@@ -40,12 +41,12 @@ CASES = {
   ),
   "slurm": (
     *("--target=slurm", "--topology=h100:8", "--python=python", "--"),
-    *("--config=configs/pretrain_7b.py:h100:8", *REST),
+    *("--config=configs/pretrain_7b.py:h100:8", *SHARED),
   ),
   "slurm_two_nodes": (
     *("--target=slurm", "--topology=h100:16", "--partition=gpu", "--account=me"),
     *("--setup=module load cuda", "--python=.venv/bin/python", "--time=02:00:00", "--"),
-    *("--config=configs/finetune_7b.py:h100:8", *REST),
+    *("--config=configs/finetune_7b.py:h100:8", *SHARED),
     *("--config.mesh.data=2", "--config.accumulate=4"),
   ),
   "local": (
@@ -157,8 +158,13 @@ WRONG = {
     "which 8 processes cannot share; take 8 or 16",
   ),
   "workdir": (changed("tpu_vm", "--workdir=runs/x"), "--workdir=runs/x is on this machine"),
-  "shards": (changed("xpk", "--config.data.shards=data/x"), "--config.data.shards=data/x is on"),
-  "base": (changed("xpk", "--config.base=models/x"), "--config.base=models/x is on this machine"),
+  "shards": (changed("tpu_vm", "--config.data.shards=data/x"), "--config.data.shards=data/x is on"),
+  "base": (
+    changed("xpk", "--config.base=models/x", drop=["--storage"]),
+    "--config.base=models/x is on this machine",
+  ),
+  "bucket on xpk": (changed("xpk", drop=["--storage"]), "gs://bucket must be mounted.*--storage="),
+  "bucket on slurm": (changed("slurm", "--config.base=gs://b/x"), "gs://b must be mounted"),
   "unknown key": (changed("tpu_vm", "--config.model.num_layer=1"), "did you mean|Did you mean"),
   "unknown flag": (changed("tpu_vm", "--workdirs=x"), "Unknown command line flag 'workdirs'"),
   "bad value": (changed("tpu_vm", "--config.batch_size=many"), "many"),

@@ -20,6 +20,7 @@ AWKWARD = (
   '--config.data.shards=gs://bucket/it\'s "so"/$HOME/`date`/\\n/*/{a}/%(b)s/#!&',
   "--config.base=gs://bucket/anole",
 )
+MOUNTS = {"--target=tpu_vm", "--target=xpk"}
 CLOUD = ("--project=p", "--zone=z", "--name=first")
 
 # Plays the interpreter of a worker: records the training, then ends as the next of `ends` says.
@@ -96,6 +97,15 @@ sys.exit(subprocess.run(["bash", "-c", "(" + value["command"] + ") & PID=$!; wai
                         cwd=value["script-dir"]).returncode)
 """
 
+# mountpoint says that nothing is mounted yet.
+MOUNT = """\
+#!{python}
+import json, pathlib, sys
+with (pathlib.Path({place!r}) / "mounts").open("a") as f:
+  f.write(json.dumps([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]) + "\\n")
+sys.exit(sys.argv[0].endswith("mountpoint"))
+"""
+
 SLURM = """\
 #!{python}
 import json, os, pathlib, signal, subprocess, sys
@@ -116,11 +126,14 @@ def line(own):
   """The training line of a launch: the configuration for its chips, and awkward words."""
   (topology,) = (a.partition("=")[2] for a in own if a.startswith("--topology="))
   name = "demo.py:shipped" if topology == "v5e:1x1" else f"pretrain_7b.py:{topology}"
-  return [f"--config=configs/{name}", *AWKWARD]
+  awkward = AWKWARD if MOUNTS & set(own) else [a.replace("gs://bucket", "/shared") for a in AWKWARD]
+  return [f"--config=configs/{name}", *awkward]
 
 
 def training(own):
-  return ["-m", "aromni_jax.train", *line(own), "--coordinator=auto"]
+  """What the training is given: buckets are mounted."""
+  words = [word.replace("gs://bucket", "/mnt/bucket") for word in line(own)]
+  return ["-m", "aromni_jax.train", *words, "--coordinator=auto"]
 
 
 class Place:
@@ -133,6 +146,7 @@ class Place:
     for name in ("setup.py", "pyproject.toml"):
       (path / name).touch()
     programs = {"python": PYTHON, "python3": PYTHON, "gcloud": GCLOUD, "xpk": XPK}
+    programs |= {name: MOUNT for name in ("mountpoint", "sudo", "gcsfuse")}
     programs |= {name: SLURM for name in ("sbatch", "srun", "scontrol", "scancel")}
     for name, text in programs.items():
       file = path / "bin" / name
@@ -188,6 +202,7 @@ def test_tpu_vm_passes_the_line_and_collects_logs(place):
   assert "] a line of the log" in (place.path / "runs/launch/first/train.log").read_text()
   (log,) = (place.path / "bucket/bucket/first run/logs").rglob("*.log")
   assert log.read_text() == "a line of the log\n"
+  assert ["gcsfuse", "--implicit-dirs", "bucket", "/mnt/bucket"] in place.records("mounts")
   verbs = [argv[3] for argv in place.records("gcloud") if argv[0] == "compute"]
   asked = ["describe", "create", "describe", "ssh", "scp", "ssh", "ssh", "delete"]
   assert verbs == asked, output
@@ -252,7 +267,7 @@ def test_tpu_vm_stops_if_the_booking_fails(place):
   assert not place.records("trainings")
 
 
-XPK_LINE = ("--target=xpk", "--topology=2xv5e:16x16", *CLOUD, "--cluster=c")
+XPK_LINE = ("--target=xpk", "--topology=2xv5e:16x16", *CLOUD, "--cluster=c", "--storage=disk")
 
 
 def test_xpk_passes_the_line(place):
