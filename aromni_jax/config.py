@@ -62,6 +62,12 @@ class TrainConfig:
         f"config.batch_size {self.batch_size} is not a multiple of config.accumulate "
         f"{self.accumulate}"
       )
+    if self.model.max_segments and not 0 < self.data.max_samples < self.model.max_segments:
+      raise ValueError(
+        f"config.model.max_segments is {self.model.max_segments}, which promises that no row has "
+        f"more samples and padding; config.data.max_samples is {self.data.max_samples}, but must "
+        f"be 1 to {self.model.max_segments - 1} for that"
+      )
     if self.data.code_noise and self.loss.perceptual_pairing == "own_position":
       raise ValueError(
         f"config.data.code_noise is {self.data.code_noise}, but "

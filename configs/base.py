@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
   m.scan_layers = True  # one compiled layer in a loop
   m.init_std = 0.02  # standard deviation of initial weights
   m.attention = "auto"  # auto | xla | splash | cudnn
-  m.max_segments = 0  # most samples of a row, padding counted; 0: unknown. Faster on GPUs
+  m.max_segments = 0  # not 0: packed rows are faster on GPUs; more than data.max_samples
 
   c.data = d = ConfigDict()
   d.shards = "data/tokens"  # folder of token shards
@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
   d.drop_prompt = 0.0  # share of drawing samples without their prompt, for guidance
   d.code_noise = 0.0  # share of a response's codes that are read as random ones
   d.window = 1024  # samples that are packed together
+  d.max_samples = 0  # samples of a row at most; 0 is any number
   d.seed = 0  # of the order
   d.threads = 2  # reader threads per process; 2 are plenty on a disk, take 16 on a mounted bucket
   d.loss_weights = w = ConfigDict()

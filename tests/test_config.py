@@ -59,6 +59,7 @@ def test_the_base_config_is_the_paper_and_released_switches_all():
     ({"batch_size": 0}, "config.batch_size is 0; it must be at least 1"),
     ({"accumulate": 3}, "config.batch_size 8 is not a multiple of config.accumulate 3"),
     ({"loss.perceptual_pairing": "own_position"}, "config.data.code_noise is 0.2, but config.loss"),
+    ({"model.max_segments": 4}, "config.data.max_samples is 0, but must be 1 to 3 for that"),
     ({"loss.normaliser": "mean"}, "loss.normaliser 'mean'; expected one of"),
     ({"data.loss_weights.prompt": -1.0}, "data.loss_weights.prompt is -1.0; it must be >= 0"),
     ({"data.mixture_unit": "bytes"}, "data.mixture_unit 'bytes'"),

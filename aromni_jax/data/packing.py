@@ -18,6 +18,7 @@ class PackedOrder:
     row_length: tokens of a row.
     window: samples that are packed together; a larger one packs tighter and mixes less.
     rng: shuffles the rows of each window, which come out sorted by length.
+    most: samples of a row; 0 is any number.
   """
 
   def __init__(
@@ -27,9 +28,10 @@ class PackedOrder:
     row_length: int,
     window: int,
     rng: np.random.Generator,
+    most: int = 0,
   ):
     self._order, self._lengths = order, lengths
-    self._row_length, self._window, self._rng = row_length, window, rng
+    self._row_length, self._window, self._rng, self._most = row_length, window, rng, most
     self._packed = 0  # samples of the windows that are packed
     # Where each row ends in `order`: _ends[i] to _ends[i + 1]. Grows by doubling.
     self._ends = np.zeros(1024, np.int64)
@@ -59,7 +61,7 @@ class PackedOrder:
       return False
     lengths = self._lengths[samples]
     by_length = np.argsort(-lengths, kind="stable")
-    row_of = _best_fit(lengths[by_length].tolist(), self._row_length)
+    row_of = _best_fit(lengths[by_length].tolist(), self._row_length, self._most)
     count = int(row_of.max()) + 1
     rank = np.empty(count, np.int64)
     rank[self._rng.permutation(count)] = np.arange(count)
@@ -77,22 +79,26 @@ class PackedOrder:
     return True
 
 
-def _best_fit(lengths: list[int], row_length: int) -> np.ndarray:
+def _best_fit(lengths: list[int], row_length: int, most: int) -> np.ndarray:
   """Returns int64[n], the row of each sample; rows are numbered as they are opened.
 
   Args:
     lengths: tokens of the samples, longest first.
     row_length: tokens of a row.
+    most: samples of a row; 0 is any number.
   """
-  row_of, opened = [], 0
+  row_of, counts = [], []
   space: list[int] = []  # sorted; free tokens and, in the lower 32 bits, the row
   for length in lengths:
     at = bisect.bisect_left(space, length << 32)
     if at == len(space):
-      entry = row_length << 32 | opened
-      opened += 1
+      entry = row_length << 32 | len(counts)
+      counts.append(0)
     else:
       entry = space.pop(at)
-    row_of.append(entry & 0xFFFFFFFF)
-    bisect.insort(space, entry - (length << 32))
+    row = entry & 0xFFFFFFFF
+    row_of.append(row)
+    counts[row] += 1
+    if counts[row] != most:
+      bisect.insort(space, entry - (length << 32))
   return np.array(row_of, np.int64)

@@ -40,6 +40,7 @@ class DataConfig:
       that what comes next depends more on the prompt (`pkeep` in the code of Esser et al. 2021).
       Targets stay.
     window: samples that are packed together.
+    max_samples: samples of a row at most; 0 is any number.
     seed: seed of the order.
     threads: reader threads of this process.
     loss_weights: token weights.
@@ -54,6 +55,7 @@ class DataConfig:
   drop_prompt: float = 0.0
   code_noise: float = 0.0
   window: int = 1024
+  max_samples: int = 0
   seed: int = 0
   threads: int = 2
   loss_weights: LossWeightConfig = dataclasses.field(default_factory=LossWeightConfig)
@@ -142,7 +144,9 @@ class RowPlan:
     order = np.concatenate(chosen)
     rng.shuffle(order)
     config = self.config
-    return PackedOrder(order, self.lengths, config.sequence_length, config.window, rng)
+    return PackedOrder(
+      order, self.lengths, config.sequence_length, config.window, rng, config.max_samples
+    )
 
   def row(self, number: int) -> np.ndarray:
     """Returns the sample numbers of a row, counted from the beginning of the first epoch."""

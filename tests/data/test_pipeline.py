@@ -128,9 +128,18 @@ def test_rows_are_the_same_from_any_thread_and_from_the_middle(monkeypatch):
 def test_only_the_windows_that_are_needed_are_packed(monkeypatch):
   packed = []
   best_fit = packing._best_fit
-  monkeypatch.setattr(packing, "_best_fit", lambda n, t: packed.append(len(n)) or best_fit(n, t))
+  monkeypatch.setattr(packing, "_best_fit", lambda n, *r: packed.append(len(n)) or best_fit(n, *r))
   made_up_plan(30_000, window=100).row(3)
   assert packed == [100]
+
+
+def test_rows_have_no_more_samples_than_allowed():
+  lengths = np.random.default_rng(0).integers(1, 60, 500)
+  rng = np.random.default_rng(1)
+  rows = list(packing.PackedOrder(np.arange(500), lengths, 200, 100, rng, most=3))
+  assert max(map(len, rows)) == 3
+  assert sorted(np.concatenate(rows)) == list(range(500))
+  assert max(lengths[row].sum() for row in rows) <= 200
 
 
 def test_dropped_prompts_leave_bos_and_the_picture(shards):
