@@ -16,6 +16,7 @@ import numpy as np
 from absl import logging
 from flax import nnx
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from aromni_jax import metrics as metrics_lib
 from aromni_jax import model_dir, processes, profiling, sharding, watch
@@ -297,10 +298,20 @@ class _Run:
       self.known.add((self.done, "validation/loss"))
     if self._every(config.sample_every) and (self.done, "samples") not in self.known:
       with self._doing("samples"):
-        model = dataclasses.replace(self.base, decoder=self._decoder(state))
-        write_samples(self.done, model, writer)
+        self._sample(state, writer)
       writer.write(self.done, {"samples": 1.0})  # a mark: they are there
       self.known.add((self.done, "samples"))
+
+  def _sample(self, state: Any, writer: metrics_lib.Writer) -> None:
+    """Process 0 draws and speaks, on one device: a few rows cannot be spread over the mesh."""
+    everywhere = NamedSharding(self.mesh, PartitionSpec())
+    params = jax.jit(lambda x: x, out_shardings=everywhere)(state.params["decoder"])
+    if jax.process_index() != 0:
+      return
+    params = jax.tree.map(lambda x: x.addressable_data(0), params)
+    decoder = nnx.merge(self.step_config.graphdef, params)
+    with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])):
+      write_samples(self.done, dataclasses.replace(self.base, decoder=decoder), writer)
 
   def _every(self, steps: int) -> bool:
     return bool(steps and self.done and self.done % steps == 0)

@@ -13,6 +13,7 @@ import pytest
 
 from aromni_jax import checkpoint, model_dir, train_loop, watch
 from aromni_jax.config import TrainConfig, to_dataclass
+from aromni_jax.inference import Request, generate_batch
 from configs import demo
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -236,3 +237,19 @@ def no_decoder(tmp_path):
   info.pop("decoder", None)
   (out / "model.json").write_text(json.dumps(info))
   return out
+
+
+def test_samples_are_made_on_one_device_of_a_mesh(shards, tmp_path, monkeypatch):
+  """Rows of samples could not be split over it."""
+  made = []
+
+  def write_samples(step, model, writer):
+    (response,) = generate_batch(
+      model, [Request("image_caption", image=np.zeros((64, 64, 3), np.uint8))]
+    )
+    made.append((step, response.text, jax.sharding.get_abstract_mesh().size))
+
+  monkeypatch.setattr(train_loop, "write_samples", write_samples)
+  changes = {"num_steps": 1, "sample_every": 1, "eval_batches": 0, "mesh.fsdp": 4, "mesh.data": 2}
+  train(make_config(shards, **changes), tmp_path)
+  assert [(step, size) for step, _, size in made] == [(1, 1)]
