@@ -22,46 +22,70 @@ from ml_collections import config_flags  # noqa: E402
 from aromni_jax import logs, processes, watch  # noqa: E402
 from aromni_jax.config import TrainConfig, to_dataclass  # noqa: E402
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Configuration file, with :argument if it takes one.", lock_config=True
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it does not exist.")
-_PROFILE_STEPS = flags.DEFINE_string(
-  "profile_steps", None, "START:STOP, steps whose profile is written to WORKDIR/profile."
-)
 
-_COORDINATOR = flags.DEFINE_string(
-  "coordinator", None, "Joins several processes to one run: auto, or HOST:PORT of the first."
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many, with HOST:PORT.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
-_JOIN_TIMEOUT = flags.DEFINE_integer(
-  "join_timeout", 300, "Seconds that processes wait for each other at the start."
-)
-_HOST_TIMEOUT = flags.DEFINE_integer(
-  "host_timeout", 60, "Seconds without a sign of life after which a process is given up."
-)
+def define_flags(values: flags.FlagValues = flags.FLAGS, sys_argv: list[str] | None = None) -> None:
+  """Defines the job's flags. The launcher reads training lines with them, too.
+
+  Args:
+    values: where they are defined.
+    sys_argv: words that name configuration fields; the program's own if None.
+  """
+  into = {"flag_values": values}
+  config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Configuration file, with :argument if it takes one.",
+    lock_config=True,
+    sys_argv=sys_argv,
+    **into,
+  )
+  flags.DEFINE_string("workdir", None, "Folder of the run; made if it does not exist.", **into)
+  flags.DEFINE_string(
+    "profile_steps",
+    None,
+    "START:STOP, steps whose profile is written to WORKDIR/profile.",
+    **into,
+  )
+  flags.DEFINE_string(
+    "coordinator",
+    None,
+    "Joins several processes to one run: auto, or HOST:PORT of the first.",
+    **into,
+  )
+  flags.DEFINE_integer("num_processes", None, "How many, with HOST:PORT.", **into)
+  flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", **into)
+  flags.DEFINE_integer(
+    "join_timeout", 300, "Seconds that processes wait for each other at the start.", **into
+  )
+  flags.DEFINE_integer(
+    "host_timeout",
+    60,
+    "Seconds without a sign of life after which a process is given up.",
+    **into,
+  )
 
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
+  given = flags.FLAGS
   with logs.clear_errors(), watch.ending_together():
     processes.join(
-      _COORDINATOR.value,
-      _NUM_PROCESSES.value,
-      _PROCESS_ID.value,
-      join_timeout=_JOIN_TIMEOUT.value,
-      host_timeout=_HOST_TIMEOUT.value,
+      given.coordinator,
+      given.num_processes,
+      given.process_id,
+      join_timeout=given.join_timeout,
+      host_timeout=given.host_timeout,
     )
     from aromni_jax import train_loop  # after the processes have met: it starts the devices
 
-    config = to_dataclass(TrainConfig, _CONFIG.value.to_dict())
+    config = to_dataclass(TrainConfig, given.config.to_dict())
     logging.info("Training %d parameters.", config.model.num_params())
-    train_loop.train(config, _WORKDIR.value, profile_steps=_PROFILE_STEPS.value, began=_BEGAN)
+    train_loop.train(config, given.workdir, profile_steps=given.profile_steps, began=_BEGAN)
 
 
 def run() -> None:
+  define_flags()
   logs.setup()
   flags.mark_flags_as_required(["config", "workdir"])
   app.run(main)

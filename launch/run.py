@@ -9,7 +9,6 @@ running training.
 """
 
 import argparse
-import copy
 import os
 import pathlib
 import re
@@ -18,7 +17,6 @@ import sys
 from typing import NamedTuple
 
 from absl import flags
-from ml_collections import config_flags
 
 from aromni_jax import train
 from aromni_jax.config import TrainConfig, to_dataclass
@@ -49,17 +47,7 @@ def read_line(arguments: list[str]) -> Line:
     if "\n" in argument:
       raise ValueError(f"the training line has a line break in {argument!r}; write it without")
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Configuration file.",
-    flag_values=values,
-    lock_config=True,
-    sys_argv=["train", *arguments],
-  )
-  for flag in flags.FLAGS.get_key_flags_for_module(train):
-    if flag.name != "config":
-      values[flag.name] = copy.deepcopy(flag)
+  train.define_flags(values, ["train", *arguments])
   try:
     rest = values(["train", *arguments])[1:]
   except (flags.Error, OSError, AttributeError, KeyError, TypeError) as e:
