@@ -74,12 +74,13 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
   sizes = mesh_sizes(len(devices), data, fsdp, tensor)
   types = (AxisType.Auto,) * 3
   slices = len({getattr(d, "slice_index", 0) for d in devices})
+  split = {"devices": devices, "allow_split_physical_axes": True}  # any sizes on any torus
   if slices == 1:
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+    return Mesh(mesh_utils.create_device_mesh(sizes, **split), MESH_AXES, axis_types=types)
   if sizes[0] % slices:
     raise ValueError(f"mesh.data {sizes[0]} is not a multiple of the {slices} slices")
   within = (sizes[0] // slices, *sizes[1:])
-  array = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices)
+  array = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), **split)
   return Mesh(array, MESH_AXES, axis_types=types)
 
 

@@ -65,7 +65,8 @@ def plan(arguments: list[str]) -> dict:
     )
     if out.exists():
       return json.loads(out.read_text())
-    return {"error": ([*done.stderr.splitlines(), *done.stdout.splitlines()] or ["no output"])[-1]}
+    said = re.findall(r".*(?:[Ee]rror|Check failed).*", done.stderr) or ["no error was printed"]
+    return {"error": said[-1].strip()}
 
 
 def row(name: str, f: dict) -> str:
