@@ -23,11 +23,10 @@ from aromni_jax.models import attention
 from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.optimizer import make_optimizer
 from aromni_jax.planning import hlo
+from aromni_jax.planning.estimate import TABLE_SHAPE
 from aromni_jax.planning.network import collective_seconds
 from aromni_jax.vocabulary import PRESETS, Vocabulary, get_vocabulary
 from aromni_jax.xla_flags import flags
-
-TABLE_SHAPE = (8192, 256)  # of the released image codec's embeddings
 
 
 def topology_devices(topology: Topology) -> list[Any]:

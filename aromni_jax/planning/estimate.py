@@ -21,6 +21,8 @@ from aromni_jax.models.decoder import REMAT_SAVES
 from aromni_jax.optimizer import make_optimizer
 from aromni_jax.planning.network import DCN, collective_seconds, torus_of
 
+TABLE_SHAPE = (8192, 256)  # of the released image codec's embeddings
+
 # Of a chip's memory, what a program gets: the runtime keeps the rest.
 USABLE = {"tpu": 0.984, "gpu": 0.92}
 # Temporaries of a layer's backward pass: copies of its gathered kernels and their gradients, and of
@@ -193,7 +195,12 @@ def kept_bytes(config: TrainConfig, tensor: int) -> float:
 
 
 def memory(
-  config: TrainConfig, topology: Topology, sizes: tuple[int, int, int], rows: int, state: Any
+  config: TrainConfig,
+  topology: Topology,
+  sizes: tuple[int, int, int],
+  rows: int,
+  state: Any,
+  table: float,
 ) -> dict[str, float]:
   """Returns the bytes of each part on a chip.
 
@@ -203,6 +210,7 @@ def memory(
     sizes: of the mesh axes.
     rows: of a micro-batch on a chip.
     state: what `parameter_table` gives.
+    table: bytes of the codec's embeddings that the perceptual loss compares with.
   """
   parameters, optimizer = state
   m, (_, fsdp, tensor) = config.model, sizes
@@ -222,17 +230,20 @@ def memory(
     "optimiser": optimizer,
     "gradients": own * (2 if config.accumulate > 1 else 1),
     "activations kept for the backward pass": kept * m.num_layers,
+    "image codec's embeddings, split and gathered": table * (1 + 1 / fsdp),
     "working set of a layer, the head or the embedding": max(backward, head, embedding),
   }
 
 
-def estimate(config: TrainConfig, topology: Topology, table_dim: int = 256) -> Estimate:
+def estimate(
+  config: TrainConfig, topology: Topology, table_shape: tuple[int, int] = TABLE_SHAPE
+) -> Estimate:
   """Returns what a training step needs on each chip of a topology.
 
   Args:
     config: the run.
     topology: of the chips.
-    table_dim: dimensions of the image embeddings.
+    table_shape: codes and dimensions of the image embeddings.
 
   Raises:
     ValueError: if mesh or batch do not divide.
@@ -240,11 +251,15 @@ def estimate(config: TrainConfig, topology: Topology, table_dim: int = 256) -> E
   mesh = abstract_mesh(config, topology)
   sizes = tuple(mesh.shape[axis] for axis in sharding.MESH_AXES)
   data, fsdp, tensor = sizes
-  state = parameter_table(config, mesh, table_dim)
+  state = parameter_table(config, mesh, table_shape[1])
   rows = config.batch_size // (data * fsdp * config.accumulate)
   usable = USABLE[topology.chip.platform] * topology.chip.hbm_bytes
+
+  def parts(rows: int) -> dict[str, float]:
+    return memory(config, topology, sizes, rows, state, 4.0 * math.prod(table_shape))
+
   largest = 0
-  while sum(memory(config, topology, sizes, largest + 1, state).values()) <= usable:
+  while sum(parts(largest + 1).values()) <= usable:
     largest += 1
   m, length = config.model, config.data.sequence_length
   tokens = rows * length * config.accumulate  # of a chip's rows
@@ -272,7 +287,7 @@ def estimate(config: TrainConfig, topology: Topology, table_dim: int = 256) -> E
     topology,
     sizes,
     state[0],
-    memory(config, topology, sizes, rows, state),
+    parts(rows),
     usable,
     largest * data * fsdp * config.accumulate,
     traffic,

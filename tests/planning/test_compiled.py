@@ -48,7 +48,7 @@ def step():
 def test_memory(step):
   """State and batch are what a chip's part of them is; the rest is the compiler's."""
   run = config()
-  found = estimate.estimate(run, TOPOLOGY, table_dim=compiled.TABLE_SHAPE[1])
+  found = estimate.estimate(run, TOPOLOGY)
   state = found.memory["parameters"] + found.memory["optimiser"]
   table, batch = 4 * np.prod(compiled.TABLE_SHAPE) / 8, 6 * 4 * ROWS * LENGTH
   assert step.memory["state and batch"] == pytest.approx(state + table + batch, rel=0.01)
