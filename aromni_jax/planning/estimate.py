@@ -111,18 +111,26 @@ class Estimate:
     return self.model_flops / peak / self.seconds
 
 
-def mesh_sizes(config: TrainConfig, devices: int, where: str) -> tuple[int, int, int]:
+def mesh_sizes(
+  config: TrainConfig, devices: int, where: str, slices: int = 1
+) -> tuple[int, int, int]:
   """Returns the sizes of the mesh axes over a number of devices.
 
   Args:
     config: the run.
     devices: how many.
     where: they are, for the message.
+    slices: or nodes that they are in.
 
   Raises:
-    ValueError: if the mesh or the batch do not divide.
+    ValueError: if the mesh, the slices or the batch do not divide.
   """
   sizes = sharding.mesh_sizes(devices, **dataclasses.asdict(config.mesh))
+  if sizes[0] % slices:
+    raise ValueError(
+      f"config.mesh.data is {sizes[0]}, no multiple of the {slices} slices or nodes of {where}; "
+      f"only data crosses the network between them: --config.mesh.data={slices}"
+    )
   shards = sizes[0] * sizes[1] * config.accumulate
   if config.batch_size % shards:
     below = config.batch_size // shards * shards
@@ -140,13 +148,7 @@ def abstract_mesh(config: TrainConfig, topology: Topology) -> AbstractMesh:
   Raises:
     ValueError: if the mesh, the slices or the batch do not divide.
   """
-  sizes = mesh_sizes(config, topology.num_chips, topology.name)
-  if sizes[0] % topology.slices:
-    raise ValueError(
-      f"config.mesh.data is {sizes[0]}, no multiple of the {topology.slices} slices or nodes of "
-      f"{topology.name}; only data crosses the network between them: "
-      f"--config.mesh.data={topology.slices}"
-    )
+  sizes = mesh_sizes(config, topology.num_chips, topology.name, topology.slices)
   return AbstractMesh(sizes, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
