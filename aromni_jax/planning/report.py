@@ -8,6 +8,8 @@ from aromni_jax.hardware import GIB
 from aromni_jax.planning import estimate as estimate_lib
 from aromni_jax.planning.compiled import Compiled
 from aromni_jax.planning.estimate import Estimate
+from aromni_jax.planning.hlo import ACROSS
+from aromni_jax.planning.network import DCN, ICI
 
 PAPER_TOKENS = 140_000 * 480 * 1300  # of pre-training, facts of arXiv 2601.17761 section 3
 _DAY = 24 * 3600
@@ -74,9 +76,9 @@ def compiled(config: TrainConfig, found: Estimate, step: Compiled) -> str:
   lines += [f"  {name:55s} {size / GIB:7.2f}" for name, size in step.memory.items()]
   lines.append(f"  {'in all':55s} {total / GIB:7.2f}")
   lines.append(f"  {'the estimate is, times that':55s} {found.total_memory / total:7.3f}")
-  lines += ["", "collectives of a step (compiler)      largest part           group  times      s"]
-  for (opcode, shape, size), (count, seconds) in collectives(step)[:16]:
-    lines.append(f"  {opcode:35s} {shape:24s} {size:4d} {count:6d} {seconds:7.4f}")
+  lines += ["", "collectives of a step (compiler)      largest part             over  times      s"]
+  for (opcode, shape, network), (count, seconds) in collectives(step)[:16]:
+    lines.append(f"  {opcode:35s} {shape:24s} {network:4s} {count:6d} {seconds:7.4f}")
   lines += ["", *_speed(config, found, cost.seconds, "compiler's program")]
   lines.append(
     f"  products {cost.compute:.3f} s, limited by memory {cost.memory:.3f} s, waiting for copies "
@@ -85,11 +87,12 @@ def compiled(config: TrainConfig, found: Estimate, step: Compiled) -> str:
   return "\n".join(lines)
 
 
-def collectives(step: Compiled) -> list[tuple[tuple[str, str, int], tuple[int, float]]]:
-  """Returns (opcode, shape, devices of a group) -> (times, seconds on the wire), longest first."""
+def collectives(step: Compiled) -> list[tuple[tuple[str, str, str], tuple[int, float]]]:
+  """Returns (opcode, shape, network) -> (times, seconds on the wire), longest first."""
   sums: dict[Any, list] = collections.defaultdict(lambda: [0, 0.0])
   for collective, count, seconds in step.cost.collectives:
-    entry = sums[collective.opcode, collective.shape, len(collective.group)]
+    network = DCN if collective.group == ACROSS else ICI
+    entry = sums[collective.opcode, collective.shape, network]
     entry[0] += count
     entry[1] += count * seconds
   return sorted(((k, tuple(v)) for k, v in sums.items()), key=lambda item: -item[1][1])
