@@ -121,6 +121,15 @@ def tables(figures: dict[str, dict]) -> dict[str, str]:
   }
 
 
+def write_page(figures: dict[str, dict]) -> None:
+  """Puts the tables of some figures into the page."""
+  page = _PAGE.read_text()
+  for key, table in tables(figures).items():
+    pattern = rf"(<!-- {key} -->\n).*?(<!-- end -->)"
+    page = re.sub(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", page, flags=re.S)
+  _PAGE.write_text(page)
+
+
 def main(argv: list[str]) -> None:
   del argv
   path = pathlib.Path(_FIGURES.value)
@@ -131,15 +140,7 @@ def main(argv: list[str]) -> None:
     figures[name] = plan(arguments)
     ordered = {n: figures[n] for n in cases() if n in figures}
     path.write_text(json.dumps(ordered, indent=1) + "\n")
-    page = _PAGE.read_text()
-    for key, table in tables(ordered).items():
-      page = re.sub(
-        rf"(<!-- {key} -->\n).*?(\n<!-- end -->)",
-        lambda m, table=table: m[1] + table + m[2],
-        page,
-        flags=re.S,
-      )
-    _PAGE.write_text(page)
+    write_page(ordered)
   compiled = {n: f["compiled"]["mfu"] for n, f in figures.items() if "compiled" in f}
   print(json.dumps({"benchmark": "scale", "mfu_at_most": compiled}))
 

@@ -25,9 +25,11 @@ TABLE_SHAPE = (8192, 256)  # of the released image codec's embeddings
 
 # Of a chip's memory, what a program gets: the runtime keeps the rest.
 USABLE = {"tpu": 0.984, "gpu": 0.92}
-# Temporaries of a layer's backward pass: copies of its gathered kernels and their gradients, and of
-# what it keeps; of the head: blocks of logits; of the embedding: exchanged rows.
-_KERNEL_COPIES, _KEPT_COPIES, _LOGIT_COPIES = 2.0, 2.0, 3.0
+# Temporaries of a layer's backward pass: copies of its gathered kernels and their gradients, of its
+# activations (more where chips share a row and sum its parts), and of those that it computes again;
+# of the head: blocks of logits. Gradients are there twice while layers are looped over.
+_KERNEL_COPIES, _KEPT_COPIES, _SHARED_COPIES, _AGAIN_COPIES = 2.0, 2.0, 4.0, 3.0
+_LOGIT_COPIES, _GRADIENT_COPIES = 3.0, 2.0
 _EMBEDDING_LANES = 128  # a TPU pads the last axis to this
 # Passes over an array [rows, length, embed_dim] beside the products, per layer and step.
 _PASSES = {"full": 60, "mlp": 130, "up": 140, "norms": 150, "none": 170}
@@ -226,11 +228,15 @@ def memory(
   embedding = tokens * fsdp * lanes * (width + 4) if fsdp > 1 else 0
   head = tokens * block / tensor * 4 * _LOGIT_COPIES + 2 * m.embed_dim * block / tensor * width
   head += 2 * tokens * m.embed_dim * 4
-  backward = _KERNEL_COPIES * layer + _KEPT_COPIES * kept
+  everything = max(
+    kept, kept_bytes(_changed(config, {"model.remat_policy": "norms"}), tensor) * tokens
+  )
+  copies = _SHARED_COPIES if tensor > 1 else _KEPT_COPIES
+  backward = _KERNEL_COPIES * layer + copies * everything + _AGAIN_COPIES * (everything - kept)
   return {
     "parameters": own,
     "optimiser": optimizer,
-    "gradients": own * (2 if config.accumulate > 1 else 1),
+    "gradients": own * (_GRADIENT_COPIES + (config.accumulate > 1)),
     "activations kept for the backward pass": kept * m.num_layers,
     "image codec's embeddings, split and gathered": table * (1 + 1 / fsdp),
     "working set of a layer, the head or the embedding": max(backward, head, embedding),
