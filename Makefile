@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The pair of JAX and Flax that a newer Python resolves to.
 NEXT_PYTHON ?= python3.13
+# Two files of tests at a time: a worker takes up to 6 GB.
+PYTEST_FLAGS ?= --numprocesses=2 --dist=loadfile
 TREE_TESTS := tests/models tests/decoding tests/test_train_step.py tests/test_inference.py
 
 .PHONY: help demo new-objects test test-next test-tree lint bench convert-7b plan-7b weights clean
@@ -30,13 +32,13 @@ new-objects: $(VENV)/.stamp  ## fine-tune the shipped decoder on new objects, re
 	PYTHON=$(BIN)/python launch/demo.sh new_objects
 
 test: $(VENV)/.stamp-dev  ## run the suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 test-next:  ## run the suite on a newer Python with the JAX and Flax that it resolves to
 	$(MAKE) test VENV=.venv-next PYTHON=$(NEXT_PYTHON)
 
 test-tree: $(VENV)/.stamp-dev  ## run the parts that use Flax in its coming tree mode
-	NNX_GRAPH_MODE=false $(BIN)/python -m pytest $(TREE_TESTS)
+	NNX_GRAPH_MODE=false $(BIN)/python -m pytest $(PYTEST_FLAGS) $(TREE_TESTS)
 
 lint: $(VENV)/.stamp-dev  ## check style and formatting
 	$(BIN)/ruff check .

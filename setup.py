@@ -45,7 +45,7 @@ EXTRAS = {
   "hf": ["torch>=2.6", "transformers>=5"],
   # AR-Omni's instruction data.
   "parquet": ["pyarrow>=18"],
-  "dev": ["hypothesis>=6", "pytest>=8", "ruff>=0.9", "pre-commit>=4"],
+  "dev": ["hypothesis>=6", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "pre-commit>=4"],
 }
 
 setup(
