@@ -42,15 +42,9 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     Flag(
       "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
       "true",
-      "the same for the gathers of parameters that fsdp splits; the compiler fails on v6e",
-      not_on=("v6e",),
+      "the same for the gathers of parameters that fsdp splits",
     ),
-    Flag(
-      "xla_enable_async_all_gather",
-      "true",
-      "gathers start early and end when they are needed",
-      not_on=("v6e",),
-    ),
+    Flag("xla_enable_async_all_gather", "true", "gathers start early and end when they are needed"),
     Flag("xla_enable_async_all_reduce", "true", "the same for sums of gradients"),
     Flag(
       "xla_tpu_enable_async_collective_fusion_fuse_all_reduce",
@@ -61,7 +55,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
       "xla_tpu_async_collective_fusion_fuse_multiple_collectives",
       "true",
       "a product may hide several collectives: a backward pass that keeps activations has fewer "
-      "products than collectives",
+      "products than collectives; libtpu 0.0.42.1 aborts with it for v6e",
       not_on=("v6e",),
     ),
     Flag(
