@@ -15,6 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
+
+# No public name yet; `jax.make_array_from_process_local_data` places rows by it.
+from jax._src.sharding_impls import NonUniformShardingError, get_process_index_and_count
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -111,6 +114,7 @@ class _Run:
     self.step_fn = step_lib.make_train_step(self.step_config, mesh, self.shardings)
     self.eval_fn = jax.jit(lambda *args: step_lib.evaluate(*args, self.step_config))
     self.rows = sharding.batch_sharding(mesh)
+    self.reader, self.readers = _reader(self.rows)
 
   def run(self) -> nnx.Module:
     data = self._iterator(self.config.data)
@@ -208,8 +212,8 @@ class _Run:
       config,
       self.base.vocabulary,
       batch_size=self.config.batch_size,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_index=self.reader,
+      process_count=self.readers,
       codecs=self.base.fingerprints,
     )
 
@@ -411,23 +415,29 @@ class _Preemption:
     return multihost_utils.reached_preemption_sync_point(step) or self._told.is_set()
 
 
+def _reader(rows: NamedSharding) -> tuple[int, int]:
+  """Returns which part of a batch this process reads, and how many parts there are.
+
+  Processes whose devices share rows (config.mesh.tensor beyond one of them) read the same part.
+
+  Raises:
+    ValueError: if processes share some of their rows, but not all.
+  """
+  try:
+    return get_process_index_and_count(rows, 0, 2)
+  except NonUniformShardingError as e:
+    raise ValueError(
+      f"config.mesh {dict(rows.mesh.shape)} gives processes parts of a batch that overlap: "
+      "config.mesh.tensor must divide the devices of a process, or be a multiple of them"
+    ) from e
+
+
 def _check_batch(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
-  """Raises ValueError if rows cannot be divided over micro-batches, devices and processes."""
+  """Raises ValueError if rows cannot be divided over micro-batches and devices."""
   shards = mesh.shape["data"] * mesh.shape["fsdp"]
   if config.batch_size % (shards * config.accumulate):
     raise ValueError(
       f"config.batch_size {config.batch_size} is not a multiple of {shards * config.accumulate}: "
       f"config.mesh.data {mesh.shape['data']} * config.mesh.fsdp {mesh.shape['fsdp']} * "
       f"config.accumulate {config.accumulate}. Change one of them"
-    )
-  rows = sharding.batch_sharding(mesh).devices_indices_map((config.batch_size, 1))
-  parts: dict[int, set[int]] = {}
-  for device, (part, _) in rows.items():
-    parts.setdefault(device.process_index, set()).add(part.indices(config.batch_size)[0])
-  if sum(map(len, parts.values())) != shards or len(set(map(len, parts.values()))) > 1:
-    raise ValueError(
-      f"config.mesh.data {mesh.shape['data']} * config.mesh.fsdp {mesh.shape['fsdp']} gives "
-      f"{shards} parts of a batch, which {len(parts)} processes cannot read each its own of: "
-      f"config.mesh.tensor {mesh.shape['tensor']} must stay within the "
-      f"{len(jax.local_devices())} devices of a process"
     )

@@ -240,19 +240,22 @@ def test_facts_are_of_config_code_packages_and_data(shards):
 
 
 def test_a_run_survives_on_other_processes_and_meshes(shards, tmp_path):
-  """Two processes until one is killed, again until one is told to leave, then one on another mesh:
-  the losses of an unbroken run in one process, with mixing and packing."""
+  """Two processes until one is killed, two that share all rows until one is told to leave, then one
+  on another mesh: the losses of an unbroken run in one process, with mixing and packing."""
   one, many = tmp_path / "one", tmp_path / "many"
   changes = {
     "optimizer.name": "adam",  # fewer collectives, which are slow between processes
     "model.num_layers": 1,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 4,
     "checkpoint_every": 2,
     "export_dtype": "float32",
   }
   endless = [f"--config.{k}={v}" for k, v in changes.items()] + ["--config.num_steps=1000"]
-  endless += ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
+  rows_apart = ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
+  rows_shared = [f"--config.mesh.{axis}" for axis in ("data=1", "fsdp=1", "tensor=4")]
 
-  workers = start_all(shards, many, 2, 2, *endless)
+  workers = start_all(shards, many, 2, 2, *endless, *rows_apart)
   wait_for(many / "metrics.jsonl", 3, workers[0])
   workers[1].send_signal(signal.SIGKILL)
   statuses, logs = end_all(workers)
@@ -261,7 +264,7 @@ def test_a_run_survives_on_other_processes_and_meshes(shards, tmp_path):
   assert message in logs[0], logs[0][-3000:]
   killed_after = max(losses(many))
 
-  workers = start_all(shards, many, 2, 2, *endless)  # finds its programs compiled
+  workers = start_all(shards, many, 2, 2, *endless, *rows_shared)  # both read every row
   wait_for(many / "metrics.jsonl", killed_after + 1, workers[0])
   workers[1].send_signal(signal.SIGTERM)
   statuses, logs = end_all(workers)
