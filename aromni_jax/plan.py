@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     step = None
     print(report.estimated(config, found))
     if not _COMPILE.value:
-      estimate.check(config, topology)
+      estimate.require_fit(config, found)
     else:
       print("\nCompiling: some minutes.", flush=True)
       step = compiled.compile_step(config, topology)

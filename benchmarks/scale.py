@@ -16,12 +16,12 @@ import tempfile
 
 from absl import app, flags
 
+from aromni_jax.hardware import GIB
 from configs.pods import PODS
 
 _ONLY = flags.DEFINE_string("only", "", "Part of the names of the rows that are made anew.")
 _FIGURES = flags.DEFINE_string("figures", "docs/scale.json", "File of the figures behind the page.")
 _PAGE = pathlib.Path("docs/scale.md")
-_GIB = 1 << 30
 
 # Name -> configuration, topology and changes. The last group is weak scaling: a row of 4096 tokens
 # per chip, everything computed again, as it fits on 16 chips.
@@ -76,13 +76,13 @@ def row(name: str, f: dict) -> str:
   compiled = f.get("compiled")
   best = compiled or f["estimate"]
   waits = f"{compiled['wire_waits']:.3f}" if compiled else "-"
-  memory = f"{compiled['total'] / _GIB:.2f}" if compiled else "-"
+  memory = f"{compiled['total'] / GIB:.2f}" if compiled else "-"
   ratio = f"{f['estimate']['total'] / compiled['total']:.3f}" if compiled else "-"
   mesh = " x ".join(str(n) for n in f["mesh"].values())
   tokens = f["rows"] * f["sequence_length"]
   return (
     f"| {name} | {mesh} | {f['rows']} x {f['sequence_length']} | {f['remat_policy']} | "
-    f"{f['estimate']['total'] / _GIB:.2f} | {memory} | {ratio} | {best['seconds']:.3f} | {waits} | "
+    f"{f['estimate']['total'] / GIB:.2f} | {memory} | {ratio} | {best['seconds']:.3f} | {waits} | "
     f"{best['mfu']:.3f} | {tokens / best['seconds'] / 1e3:.0f} |"
   )
 

@@ -18,6 +18,7 @@ from flax import nnx
 from aromni_jax import sharding, train_step
 from aromni_jax.config import TrainConfig
 from aromni_jax.data.batch import Batch
+from aromni_jax.data.pipeline import empty_row
 from aromni_jax.hardware import Topology
 from aromni_jax.models import attention
 from aromni_jax.models import decoder as decoder_lib
@@ -75,12 +76,9 @@ def lower_step(
     )
     shardings = sharding.state_shardings(state, mesh)
     step = train_step.make_train_step(step_config, mesh, shardings)
-    shape = (config.batch_size, config.data.sequence_length)
-    batch = Batch(
-      **{
-        f.name: jax.ShapeDtypeStruct(shape, jnp.float32 if f.name == "loss_weights" else jnp.int32)
-        for f in dataclasses.fields(Batch)
-      }
+    row = Batch(**empty_row(config.data.sequence_length, padding=0))
+    batch = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct((config.batch_size, *x.shape), x.dtype), row
     )
     table = jax.ShapeDtypeStruct(table_shape, jnp.float32)
     return step.lower(state, batch, table, jax.ShapeDtypeStruct((), jnp.float32))

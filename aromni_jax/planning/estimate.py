@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, AxisType
 from aromni_jax import sharding, train_step
 from aromni_jax.config import TrainConfig
 from aromni_jax.hardware import GIB, Topology
+from aromni_jax.models.config import DecoderConfig
 from aromni_jax.models.decoder import REMAT_SAVES
 from aromni_jax.optimizer import make_optimizer
 from aromni_jax.planning.network import DCN, collective_seconds, torus_of
@@ -109,8 +110,12 @@ class Estimate:
   @property
   def mfu(self) -> float:
     """Model FLOPs utilisation, an upper bound."""
+    return self.mfu_of(self.seconds)
+
+  def mfu_of(self, seconds: float) -> float:
+    """Returns the model FLOPs utilisation of a step that takes some seconds."""
     peak = self.topology.chip.peak_flops * self.topology.num_chips
-    return self.model_flops / peak / self.seconds
+    return self.model_flops / peak / seconds
 
 
 def mesh_sizes(
@@ -179,6 +184,10 @@ def parameter_table(config: TrainConfig, mesh: AbstractMesh, table_dim: int):
   return tuple(rows), sum(local(leaf, placed) for leaf, placed in pairs)
 
 
+def _layer_params(model: DecoderConfig) -> float:
+  return (model.num_params() - 2 * model.vocab_size * model.embed_dim) / model.num_layers
+
+
 def kept_bytes(config: TrainConfig, tensor: int) -> float:
   """Returns the bytes per token and layer that stay until the backward pass."""
   m = config.model
@@ -221,7 +230,7 @@ def memory(
   width = jnp.dtype(m.dtype).itemsize
   tokens = rows * config.data.sequence_length
   own = sum(p.local_bytes for p in parameters)
-  layer = (m.num_params() - 2 * m.vocab_size * m.embed_dim) / m.num_layers / tensor * width
+  layer = _layer_params(m) / tensor * width
   kept = kept_bytes(config, tensor) * tokens
   block = config.loss.vocab_block or m.vocab_size
   lanes = max(m.embed_dim // fsdp, _EMBEDDING_LANES if topology.chip.platform == "tpu" else 1)
@@ -272,12 +281,11 @@ def estimate(
   m, length = config.model, config.data.sequence_length
   tokens = rows * length * config.accumulate  # of a chip's rows
   peak = topology.chip.peak_flops
-  weights = m.num_params() - m.vocab_size * m.embed_dim
   head = m.vocab_size * m.embed_dim
-  layer = (weights - head) / m.num_layers
+  weights = m.num_params() - head  # in products: the embedding is looked up
   attention = 2.0 * m.num_heads * m.head_dim * length  # of a token's forward pass, causal
   flops = 6.0 * weights + 3 * m.num_layers * attention
-  again = _computed_again(config, layer, attention)
+  again = _computed_again(config, _layer_params(m), attention)
   if 0 < config.loss.vocab_block < m.vocab_size:
     again += 2.0 * head
   array = rows * length * m.embed_dim * jnp.dtype(m.dtype).itemsize
@@ -326,7 +334,7 @@ def _traffic(
 ) -> tuple[Traffic, ...]:
   m, (data, fsdp, tensor) = config.model, sizes
   width = jnp.dtype(m.dtype).itemsize
-  layer = (m.num_params() - 2 * m.vocab_size * m.embed_dim) / m.num_layers / tensor * width
+  layer = _layer_params(m) / tensor * width
   head = m.vocab_size * m.embed_dim / tensor * width
   array = rows * config.data.sequence_length * m.embed_dim * width
   span = torus_of(topology, fsdp)
@@ -369,8 +377,15 @@ def check(config: TrainConfig, topology: Topology) -> Estimate:
     ValueError: if mesh or batch do not divide, or the memory is not there, saying what would fit.
   """
   found = estimate(config, topology)
+  require_fit(config, found)
+  return found
+
+
+def require_fit(config: TrainConfig, found: Estimate) -> None:
+  """Raises ValueError if the memory of an estimate is not there, saying what would fit."""
   if fits(found):
-    return found
+    return
+  topology = found.topology
   parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in found.memory.items())
   raise ValueError(
     f"the run needs {found.total_memory / GIB:.1f} GiB on each chip of {topology.name}, which has "

@@ -121,7 +121,7 @@ def figures(config: TrainConfig, found: Estimate, step: Compiled | None) -> dict
       "memory": step.memory,
       "total": sum(step.memory.values()),
       "seconds": cost.seconds,
-      "mfu": mfu(found, cost.seconds),
+      "mfu": found.mfu_of(cost.seconds),
       "products": cost.compute,
       "memory_bound": cost.memory,
       "copy_waits": cost.copy_waits,
@@ -132,19 +132,13 @@ def figures(config: TrainConfig, found: Estimate, step: Compiled | None) -> dict
   return out
 
 
-def mfu(found: Estimate, seconds: float) -> float:
-  """Returns the model FLOPs utilisation of a step that takes some seconds."""
-  peak = found.topology.chip.peak_flops * found.topology.num_chips
-  return found.model_flops / peak / seconds
-
-
 def _speed(config: TrainConfig, found: Estimate, seconds: float, source: str) -> list[str]:
   per_day = found.tokens / seconds * _DAY
   days = PAPER_TOKENS / per_day
   run = config.num_steps * seconds / _DAY
   return [
     f"roofline of a step ({source}), a lower bound: {seconds:.3f} s, so MFU <= "
-    f"{mfu(found, seconds):.3f}",
+    f"{found.mfu_of(seconds):.3f}",
     f"  {found.tokens / seconds:,.0f} tokens/s, {per_day / 1e9:.2f} billion a day; this run of "
     f"{config.num_steps:,} steps >= {run:.1f} days",
     f"  the paper's 87 billion tokens: >= {days:.1f} days, "

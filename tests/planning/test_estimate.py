@@ -164,7 +164,7 @@ def test_model_operations_and_utilisation():
   run, found = config(), estimated()
   assert found.model_flops == 256 * 4096 * run.model.flops_per_token(4096)
   assert found.mfu == pytest.approx(found.model_flops / (256 * 197e12) / found.seconds)
-  assert report.mfu(found, 2 * found.seconds) == pytest.approx(found.mfu / 2)
+  assert found.mfu_of(2 * found.seconds) == pytest.approx(found.mfu / 2)
 
 
 def test_keys_and_values_of_generation():
