@@ -48,13 +48,17 @@ EXTRAS = {
   "dev": ["hypothesis>=6", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "pre-commit>=4"],
 }
 
+# Stand at the top of the repository, and are installed inside the package.
+BESIDE = {f"aromni_jax.{name}": name for name in ("configs", "data_pipelines", "launch")}
+
 setup(
   name="aromni_jax",
   version=VERSION,
   description="AR-Omni in JAX: one decoder that reads and writes text, pictures and speech",
   license="Apache-2.0",
   python_requires=">=3.11,<3.14",
-  packages=find_packages(include=["aromni_jax", "aromni_jax.*"]),
+  packages=[*find_packages(include=["aromni_jax", "aromni_jax.*"]), *BESIDE],
+  package_dir=BESIDE,
   package_data={"aromni_jax": ["pretrained/*", "pretrained/**/*"]},
   install_requires=INSTALL,
   extras_require=EXTRAS,

@@ -14,13 +14,13 @@ import pathlib
 
 from absl import app, flags, logging
 
-from aromni_jax import logs, model_dir, pictotalk
-from aromni_jax.evaluation import tasks
+from aromni_jax import logs, model_dir
+from aromni_jax.pictotalk import suite, world
 
 _MODEL = flags.DEFINE_string("model", None, "Model directory; the shipped one if none.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of the raw PictoTalk sets.")
-_CONFIG = flags.DEFINE_enum("config", "base", pictotalk.PRESETS, "Which PictoTalk set.")
-_SPLIT = flags.DEFINE_enum("split", "test", pictotalk.SPLITS, "Which split.")
+_CONFIG = flags.DEFINE_enum("config", "base", world.PRESETS, "Which PictoTalk set.")
+_SPLIT = flags.DEFINE_enum("split", "test", world.SPLITS, "Which split.")
 _LIMIT = flags.DEFINE_integer("limit", 0, "At most so many captions, a fixed choice; 0 is all.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the samplers.")
 _OUT = flags.DEFINE_string("out", None, "JSON file to write; its folder also gets the examples.")
@@ -31,17 +31,17 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   with logs.clear_errors():
-    items = tasks.load_items(_DATA_DIR.value, _CONFIG.value, _SPLIT.value, _LIMIT.value)
+    items = suite.load_items(_DATA_DIR.value, _CONFIG.value, _SPLIT.value, _LIMIT.value)
     model = model_dir.load_model(_MODEL.value)
-    figures, answered = tasks.evaluate(model, items, preset=_CONFIG.value, seed=_SEED.value)
+    figures, answered = suite.evaluate(model, items, preset=_CONFIG.value, seed=_SEED.value)
   out = pathlib.Path(_OUT.value)
-  examples = tasks.write_examples(
+  examples = suite.write_examples(
     out.with_name(out.stem + "_examples"), model, items, answered, _EXAMPLES.value
   )
   header = {"data": f"{_CONFIG.value}/{_SPLIT.value}", "captions": len(items), "seed": _SEED.value}
-  result = header | tasks.describe(model) | figures | {"examples": examples}
+  result = header | suite.describe(model) | figures | {"examples": examples}
   out.write_text(json.dumps(result, indent=1) + "\n")
-  print(tasks.table(figures["rows"]))
+  print(suite.table(figures["rows"]))
   logging.info("Wrote %s.", out)
 
 

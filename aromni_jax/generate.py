@@ -18,8 +18,10 @@ import sys
 
 from absl import app, flags, logging
 
-from aromni_jax import dialog, logs, model_dir
-from aromni_jax.inference import (
+from aromni_jax import logs, model_dir
+from aromni_jax.prompts import INPUTS, OUTPUTS, RECIPES
+from aromni_jax.serving import dialog
+from aromni_jax.serving.requests import (
   Request,
   check_codecs,
   choose_samplers,
@@ -27,7 +29,6 @@ from aromni_jax.inference import (
   make_engine,
   write_response,
 )
-from aromni_jax.prompts import INPUTS, OUTPUTS, RECIPES
 
 _TASK = flags.DEFINE_enum("task", None, list(INPUTS), "What to do.")
 _DIALOG = flags.DEFINE_string("dialog", None, "File of dialogues (.json or .jsonl), not a task.")

@@ -20,12 +20,12 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from aromni_jax import checkpoint
 from aromni_jax.codecs import image_vq, speech_codec
-from aromni_jax.codecs import params as codec_params
 from aromni_jax.codecs.text import SentencePieceText, TextCodec, TokenizerJsonText
 from aromni_jax.models import decoder as decoder_lib
+from aromni_jax.models import params as codec_params
 from aromni_jax.models.config import DecoderConfig
+from aromni_jax.training import checkpoint
 from aromni_jax.vocabulary import Vocabulary
 
 SHIPPED = pathlib.Path(__file__).parent / "pretrained"

@@ -18,8 +18,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from aromni_jax import logs
-from aromni_jax.config import TrainConfig, to_dataclass
-from aromni_jax.hardware import parse_topology
+from aromni_jax.cluster.hardware import parse_topology
+from aromni_jax.training.config import TrainConfig, to_dataclass
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file, with :argument if it takes one.", lock_config=True

@@ -19,8 +19,9 @@ _BEGAN = time.monotonic()  # before the imports that take seconds
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from aromni_jax import logs, processes, watch  # noqa: E402
-from aromni_jax.config import TrainConfig, to_dataclass  # noqa: E402
+from aromni_jax import logs  # noqa: E402
+from aromni_jax.cluster import agreement, watch  # noqa: E402
+from aromni_jax.training.config import TrainConfig, to_dataclass  # noqa: E402
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS, sys_argv: list[str] | None = None) -> None:
@@ -70,18 +71,18 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   given = flags.FLAGS
   with logs.clear_errors(), watch.ending_together():
-    processes.join(
+    agreement.join(
       given.coordinator,
       given.num_processes,
       given.process_id,
       join_timeout=given.join_timeout,
       host_timeout=given.host_timeout,
     )
-    from aromni_jax import train_loop  # after the processes have met: it starts the devices
+    from aromni_jax.training import loop
 
     config = to_dataclass(TrainConfig, given.config.to_dict())
     logging.info("Training %d parameters.", config.model.num_params())
-    train_loop.train(config, given.workdir, profile_steps=given.profile_steps, began=_BEGAN)
+    loop.train(config, given.workdir, profile_steps=given.profile_steps, began=_BEGAN)
 
 
 def run() -> None:

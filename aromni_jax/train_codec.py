@@ -16,9 +16,10 @@ import shutil
 import numpy as np
 from absl import app, flags, logging
 
-from aromni_jax import logs, model_dir, pictotalk
-from aromni_jax.codecs import image_scenes, image_vq, speech_codec, train_image, train_speech
+from aromni_jax import logs, model_dir
+from aromni_jax.codecs import image_vq, speech_codec, train_speech
 from aromni_jax.codecs.training import CodecTask, CodecTrainingConfig, fit
+from aromni_jax.pictotalk import train_image, twin_scenes, world
 from aromni_jax.vocabulary import get_vocabulary
 
 _SETS = ("base", "new_objects")  # codecs are general: only the decoder never sees new objects
@@ -80,13 +81,13 @@ def main(argv: list[str]) -> None:
 
 def image_task(config: CodecTrainingConfig) -> CodecTask:
   """Returns the small image codec with scenes of the train captions."""
-  captions = [c for name in _SETS for c in pictotalk.captions(name, "train")]
+  captions = [c for name in _SETS for c in world.captions(name, "train")]
   model = image_vq.PRESETS["small"]
-  source = image_scenes.TwinScenes(
+  source = twin_scenes.TwinScenes(
     captions, batch_size=config.batch_size, grid=model.grid, seed=config.seed
   )
-  unseen = pictotalk.captions("base", "validation")[:64]
-  held_out = np.stack([pictotalk.draw_scene(c, i) for i, c in enumerate(unseen)])
+  unseen = world.captions("base", "validation")[:64]
+  held_out = np.stack([world.draw_scene(c, i) for i, c in enumerate(unseen)])
   return train_image.make_task(model, source, held_out)
 
 

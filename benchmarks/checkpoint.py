@@ -26,9 +26,9 @@ import numpy as np
 from absl import app, flags
 from jax.sharding import NamedSharding, PartitionSpec
 
-from aromni_jax import hardware
-from aromni_jax.checkpoint import Checkpoints
+from aromni_jax.cluster import hardware
 from aromni_jax.models.config import DecoderConfig
+from aromni_jax.training.checkpoint import Checkpoints
 
 _GIGABYTES = flags.DEFINE_float("gigabytes", 2.0, "Size of the state.")
 _DIRECTORY = flags.DEFINE_string("directory", None, "Where to write; a temporary folder if unset.")

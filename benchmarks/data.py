@@ -22,7 +22,7 @@ from unittest import mock
 import numpy as np
 from absl import app, flags
 
-from aromni_jax import hardware
+from aromni_jax.cluster import hardware
 from aromni_jax.data import token_shards
 from aromni_jax.data.pipeline import DataConfig, RowPlan, make_train_iterator
 from aromni_jax.data.token_shards import TokenShards

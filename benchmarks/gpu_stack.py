@@ -36,11 +36,11 @@ import optax
 from absl import app, flags
 from flax import nnx
 
-from aromni_jax import hardware
+from aromni_jax.cluster import hardware
 from aromni_jax.models import attention as attention_lib
 from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.models.config import DecoderConfig
-from aromni_jax.optimizer import OptimizerConfig, make_optimizer
+from aromni_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 Array = jax.Array
 Settings = dict[str, str]

@@ -15,9 +15,9 @@ import sys
 import tempfile
 
 from absl import app, flags
+from aromni_jax.configs.pods import PODS
 
-from aromni_jax.hardware import GIB
-from configs.pods import PODS
+from aromni_jax.cluster.hardware import GIB
 
 _ONLY = flags.DEFINE_string("only", "", "Part of the names of the rows that are made anew.")
 _FIGURES = flags.DEFINE_string("figures", "docs/scale.json", "File of the figures behind the page.")

@@ -19,13 +19,14 @@ import torch
 from absl import app, flags
 from flax import nnx
 
-from aromni_jax import sharding, train_step
 from aromni_jax.data.batch import Batch
 from aromni_jax.data.packing import PackedOrder
-from aromni_jax.losses import LossConfig
 from aromni_jax.models import decoder as decoder_lib
+from aromni_jax.models import sharding
 from aromni_jax.models.config import DecoderConfig
-from aromni_jax.optimizer import OptimizerConfig, make_optimizer
+from aromni_jax.training import step as step_lib
+from aromni_jax.training.losses import LossConfig
+from aromni_jax.training.optimizer import OptimizerConfig, make_optimizer
 from aromni_jax.vocabulary import get_vocabulary
 from benchmarks import peer
 
@@ -99,15 +100,15 @@ def make_ours():
   table = jnp.zeros((1024, 8))
   graphdef = nnx.graphdef(nnx.eval_shape(lambda: decoder_lib.Decoder(MODEL, rngs=nnx.Rngs(0))))
   loss = LossConfig(perceptual_weight=0.0)
-  config = train_step.StepConfig(graphdef, get_vocabulary("demo"), loss, optimizer)
+  config = step_lib.StepConfig(graphdef, get_vocabulary("demo"), loss, optimizer)
   with jax.set_mesh(mesh):
 
     def init(key):
-      return train_step.init_state(MODEL, optimizer, 8, key)
+      return step_lib.init_state(MODEL, optimizer, 8, key)
 
     shardings = sharding.state_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
     state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
-  step = train_step.make_train_step(config, mesh, shardings)
+  step = step_lib.make_train_step(config, mesh, shardings)
 
   def run(batch: Batch) -> None:
     nonlocal state

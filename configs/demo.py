@@ -6,10 +6,10 @@ aromni train --config=configs/demo.py:new_objects --workdir=DIR fine-tunes it on
 aromni train --config=configs/demo.py:tiny --workdir=DIR        seconds, to see that all works
 """
 
+from aromni_jax.configs import base
 from ml_collections import ConfigDict
 
 from aromni_jax.vocabulary import TASKS
-from configs import base
 
 ARGUMENTS = ("default", "shipped", "new_objects", "tiny")
 

@@ -9,9 +9,8 @@ aromni train --config=configs/finetune_7b.py:h100:8 ...       for other chips th
 --config.base is what aromni convert wrote; data.shards what data_pipelines.import_aromni wrote.
 """
 
+from aromni_jax.configs import base, pods
 from ml_collections import ConfigDict
-
-from configs import base, pods
 
 RECIPES = ("paper", "released")
 

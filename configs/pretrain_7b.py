@@ -13,9 +13,8 @@ as the machine divides, and there are as many steps as make the same tokens. `ar
 long that takes.
 """
 
+from aromni_jax.configs import base, pods
 from ml_collections import ConfigDict
-
-from configs import base, pods
 
 RECIPES = ("paper", "released")
 _TOKENS = {"paper": 140_000 * 480 * 1300, "released": 150_000 * 256 * 1300}

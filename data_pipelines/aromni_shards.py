@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from aromni_jax.data_pipelines import aromni_formats, sample_parts
 
 from aromni_jax.data import token_shards
 from aromni_jax.prompts import Sample
 from aromni_jax.vocabulary import Vocabulary
-from data_pipelines import aromni_formats, sample_parts
 
 _EVERY = 10.0  # seconds between lines of progress
 _SETTINGS = "settings.json"  # in the folder of parts, what they were made with

@@ -4,12 +4,13 @@ About a minute for the base set on two cores; returns at once if the set is ther
 """
 
 from absl import app, flags, logging
+from aromni_jax.data_pipelines import picto_talk
 
-from aromni_jax import logs, pictotalk
-from data_pipelines import picto_talk
+from aromni_jax import logs
+from aromni_jax.pictotalk import world
 
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of the TFDS data sets.")
-_CONFIG = flags.DEFINE_enum("config", "base", pictotalk.PRESETS, "Which set to build.")
+_CONFIG = flags.DEFINE_enum("config", "base", world.PRESETS, "Which set to build.")
 
 
 def main(argv: list[str]) -> None:

@@ -7,10 +7,10 @@ job, or are left out and counted with --skip_others.
 """
 
 from absl import app, flags, logging
+from aromni_jax.data_pipelines.aromni_formats import MAX_LENGTH
+from aromni_jax.data_pipelines.aromni_shards import export_split
 
 from aromni_jax import logs
-from data_pipelines.aromni_formats import MAX_LENGTH
-from data_pipelines.aromni_shards import export_split
 
 _SHARDS = flags.DEFINE_string("shards", None, "Folder of token shards.")
 _SPLIT = flags.DEFINE_string("split", "train", "Split to write.")

@@ -9,10 +9,10 @@ same command: finished input files are kept in OUT.parts until OUT is whole.
 """
 
 from absl import app, flags, logging
+from aromni_jax.data_pipelines.aromni_shards import import_files
 
 from aromni_jax import logs, model_dir
 from aromni_jax.vocabulary import get_vocabulary
-from data_pipelines.aromni_shards import import_files
 
 _SOURCE = flags.DEFINE_string("source", None, "Folder of .jsonl or .parquet files, or one file.")
 _OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist.")

@@ -8,9 +8,9 @@ import zlib
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
+from aromni_jax.data_pipelines import espeak
 
-from aromni_jax import pictotalk
-from data_pipelines import espeak
+from aromni_jax.pictotalk import world
 
 SCENES = 4  # pictures per caption
 
@@ -26,7 +26,7 @@ class PictoTalk(tfds.core.GeneratorBasedBuilder):
   ]
 
   def _info(self) -> tfds.core.DatasetInfo:
-    side = pictotalk.RESOLUTION
+    side = world.RESOLUTION
     packed = tfds.features.Encoding.BYTES
     features = {
       "key": tfds.features.Text(),
@@ -49,7 +49,7 @@ class PictoTalk(tfds.core.GeneratorBasedBuilder):
 
   def _split_generators(self, dl_manager):
     del dl_manager
-    items = pictotalk.captions(self.builder_config.name)
+    items = world.captions(self.builder_config.name)
     # All voices are spoken before the splits are cut, so a split never changes a sample.
     texts = [item.text for item in items]
     speech = {}
@@ -60,7 +60,7 @@ class PictoTalk(tfds.core.GeneratorBasedBuilder):
       split: self._generate_examples(
         [(i, item) for i, item in enumerate(items) if item.split == split], speech
       )
-      for split in pictotalk.SPLITS
+      for split in world.SPLITS
       if any(item.split == split for item in items)
     }
 
@@ -74,7 +74,7 @@ class PictoTalk(tfds.core.GeneratorBasedBuilder):
         "count": item.count,
         "object": item.object,
         "colour": item.colour,
-        "image": np.stack([pictotalk.draw_scene(item, seed + n) for n in range(SCENES)]),
+        "image": np.stack([world.draw_scene(item, seed + n) for n in range(SCENES)]),
       }
       yield key, record | {f"speech_{voice}": clips[i] for voice, clips in speech.items()}
 
@@ -86,8 +86,8 @@ def build(data_dir: str, config: str) -> tfds.core.DatasetBuilder:
     ValueError: for a configuration that does not exist.
     ImportError: if the `demo` extra is not installed.
   """
-  if config not in pictotalk.PRESETS:
-    raise ValueError(f"PictoTalk has no configuration {config!r}; expected {pictotalk.PRESETS}")
+  if config not in world.PRESETS:
+    raise ValueError(f"PictoTalk has no configuration {config!r}; expected {world.PRESETS}")
   builder = PictoTalk(config=config, data_dir=data_dir, file_format="array_record")
   builder.download_and_prepare()
   return builder

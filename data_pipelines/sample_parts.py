@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from aromni_jax.data_pipelines.aromni_formats import BadLine
 
 from aromni_jax.prompts import Sample
 from aromni_jax.vocabulary import TASKS, task_id
-from data_pipelines.aromni_formats import BadLine
 
 REJECTED = "rejected.jsonl"
 _INFO = "part.json"

@@ -16,9 +16,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
 
-from aromni_jax import logs, model_dir, pictotalk
+from aromni_jax import logs, model_dir
 from aromni_jax.data import token_shards
 from aromni_jax.model_dir import Model
+from aromni_jax.pictotalk import world
 from aromni_jax.prompts import Parts, Sample, make_sample
 
 INPUT_VOICES = ("f2", "f5", "m2")  # f3 is held out
@@ -99,8 +100,8 @@ def _variants(item: Item, voices, scenes):
     yield "speech_to_text", voice, Parts(speech=speech[voice]), Parts(text=caption), None
   for voice in spoken:
     yield "text_to_speech", voice, Parts(text=caption), Parts(speech=speech[voice]), None
-  scene = pictotalk.Caption(item["count"], item["object"], item["colour"])
-  for number, (question, answer) in enumerate(pictotalk.questions(scene).values()):
+  scene = world.Caption(item["count"], item["object"], item["colour"])
+  for number, (question, answer) in enumerate(world.questions(scene).values()):
     image = any_of(images, number)
     yield "image_to_text", number, Parts(image=image), Parts(text=answer), question
     yield "text_to_text", number, Parts(text=caption), Parts(text=answer), question
@@ -140,19 +141,19 @@ def tokenise(data_dir: str, config: str, out: str, model: Model) -> dict:
   if "validation" not in splits:  # the tiny set has none
     splits["validation"] = make_samples(items, model, voices, scenes)
   fingerprints = {f"{name}_fingerprint": value for name, value in model.fingerprints.items()}
-  captions = pictotalk.captions(config)
+  captions = world.captions(config)
   hashes = {
     split: hashlib.sha256(
       "\n".join(c.text for c in captions if c.split == split).encode()
     ).hexdigest()
-    for split in pictotalk.SPLITS
+    for split in world.SPLITS
   }
   metadata = {**fingerprints, "recipe": model.recipe, "source": config, "split_hashes": hashes}
   return token_shards.write(out, splits, model.vocabulary, metadata)
 
 
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of the TFDS data sets.")
-_CONFIG = flags.DEFINE_enum("config", "base", pictotalk.PRESETS, "Which PictoTalk set.")
+_CONFIG = flags.DEFINE_enum("config", "base", world.PRESETS, "Which PictoTalk set.")
 _OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist.")
 _MODEL = flags.DEFINE_string("model", None, "Model directory with codecs; the shipped one if none.")
 

@@ -12,7 +12,8 @@ import numpy as np
 import sentencepiece as spm
 from absl import app, flags, logging
 
-from aromni_jax import logs, pictotalk, prompts
+from aromni_jax import logs, prompts
+from aromni_jax.pictotalk import world
 from aromni_jax.vocabulary import get_vocabulary
 
 _OUT = flags.DEFINE_string("out", "aromni_jax/pretrained/text.model", "File to write.")
@@ -22,8 +23,8 @@ _NAMES = ("USER:", "ASSISTANT:", "GPT:", "This is input:")
 
 def whole_words() -> list[str]:
   """Returns the words that become single pieces, with SentencePiece's mark of a word's begin."""
-  texts = [c.text for c in pictotalk.captions("base")]
-  texts += [c.object for c in pictotalk.captions("base")]
+  texts = [c.text for c in world.captions("base")]
+  texts += [c.object for c in world.captions("base")]
   texts += [text for wordings in prompts.WORDINGS.values() for text in wordings]
   words = {word for text in texts for word in re.findall(r"[\w']+", text)}
   return ["▁" + word for word in sorted(words)] + ["▁" + w for n in _NAMES for w in n.split()]
@@ -36,7 +37,7 @@ def english_words(count: int) -> list[str]:
   path = os.path.join(os.path.dirname(pocketsphinx.__file__), "model/en-us/cmudict-en-us.dict")
   with open(path) as f:
     words = sorted({line.split()[0] for line in f if line[:1].isalpha() and "(" not in line})
-  new = {c.text.split()[1] for c in pictotalk.captions("new_objects")} | set(pictotalk.NEW_OBJECTS)
+  new = {c.text.split()[1] for c in world.captions("new_objects")} | set(world.NEW_OBJECTS)
   words = [word for word in words if word not in new]
   return [words[i] for i in np.random.default_rng(0).permutation(len(words))[:count]]
 

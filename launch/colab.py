@@ -3,8 +3,8 @@
 import json
 import shlex
 
-from launch import shell
-from launch.job import File, Job, Option, Rendered
+from aromni_jax.launch import shell
+from aromni_jax.launch.job import File, Job, Option, Rendered
 
 ABOUT = "a Colab notebook for one TPU or GPU"
 OPTIONS = (

@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Callable
 
-from aromni_jax.hardware import Topology
+from aromni_jax.cluster.hardware import Topology
 
 _END = "END_OF_FILE"
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from launch.job import Job, Option, Rendered, whole
+from aromni_jax.launch.job import Job, Option, Rendered, whole
 
 ABOUT = "processes of this machine"
 OPTIONS = (

@@ -5,11 +5,11 @@ import pathlib
 import shutil
 
 import jax
+from aromni_jax.launch.shell import SOURCES
 
-from aromni_jax.config import TrainConfig
-from aromni_jax.hardware import Topology
+from aromni_jax.cluster.hardware import Topology
 from aromni_jax.planning import estimate
-from launch.shell import SOURCES
+from aromni_jax.training.config import TrainConfig
 
 _TOOLS = {
   "gcloud": "install the Google Cloud CLI (cloud.google.com/sdk) and run gcloud auth login",

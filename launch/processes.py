@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 
-from aromni_jax import watch
+from aromni_jax.cluster import watch
 
 _GRACE = 10.0  # seconds from SIGTERM to SIGKILL for those whose peer has died
 _LOOK = 0.1  # seconds between looks at the processes

@@ -17,12 +17,12 @@ import sys
 from typing import NamedTuple
 
 from absl import flags
+from aromni_jax.launch import colab, local, preflight, shell, slurm, tpu_vm, xpk
+from aromni_jax.launch.job import Job, Option, Rendered, check_name
 
 from aromni_jax import train
-from aromni_jax.config import TrainConfig, to_dataclass
-from aromni_jax.hardware import parse_topology
-from launch import colab, local, preflight, shell, slurm, tpu_vm, xpk
-from launch.job import Job, Option, Rendered, check_name
+from aromni_jax.cluster.hardware import parse_topology
+from aromni_jax.training.config import TrainConfig, to_dataclass
 
 ROOT = pathlib.Path(__file__).parents[1]
 TARGETS = {"tpu_vm": tpu_vm, "xpk": xpk, "slurm": slurm, "local": local, "colab": colab}

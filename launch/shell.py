@@ -2,7 +2,7 @@
 
 import shlex
 
-from aromni_jax import xla_flags
+from aromni_jax.cluster import xla_flags
 
 # What a worker needs to install the package and to read configurations.
 SOURCES = ("setup.py", "pyproject.toml", "aromni_jax", "configs")

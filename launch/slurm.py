@@ -8,9 +8,10 @@ local rank, so a task per node would leave GPUs idle, and every task must see al
 import shlex
 import sys
 
-from aromni_jax import watch
-from launch import shell
-from launch.job import File, Job, Option, Rendered, whole
+from aromni_jax.launch import shell
+from aromni_jax.launch.job import File, Job, Option, Rendered, whole
+
+from aromni_jax.cluster import watch
 
 ABOUT = "GPU nodes of a SLURM cluster"
 OPTIONS = (

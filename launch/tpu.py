@@ -2,7 +2,7 @@
 
 import math
 
-from aromni_jax.hardware import Topology
+from aromni_jax.cluster.hardware import Topology
 
 _PREFIXES = {"v4": "v4", "v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
 _CORES = {"v4": 2, "v5p": 2}  # their types count TensorCores, those of the others chips

@@ -6,9 +6,10 @@ runs on every worker, where the training goes on if the connection is lost.
 
 import shlex
 
-from aromni_jax import watch
-from launch import shell, tpu
-from launch.job import File, Job, Option, Rendered, whole
+from aromni_jax.launch import shell, tpu
+from aromni_jax.launch.job import File, Job, Option, Rendered, whole
+
+from aromni_jax.cluster import watch
 
 ABOUT = "TPU VMs as queued resources of Google Cloud, one or several slices"
 OPTIONS = (

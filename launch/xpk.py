@@ -4,8 +4,8 @@ xpk adds a folder to a base image, runs one command on every host, and restarts 
 folder is the packed working tree and `train.sh`, so that quoting and reasons live in a file.
 """
 
-from launch import shell, tpu
-from launch.job import File, Job, Option, Rendered, whole
+from aromni_jax.launch import shell, tpu
+from aromni_jax.launch.job import File, Job, Option, Rendered, whole
 
 ABOUT = "a GKE cluster through xpk, one or several slices of TPU"
 OPTIONS = (

@@ -8,9 +8,9 @@ import numpy as np
 import tokenizers
 from safetensors.numpy import save_file
 
-from aromni_jax.codecs.params import put
 from aromni_jax.convert import decoder_names, decoders
 from aromni_jax.models.config import DecoderConfig
+from aromni_jax.models.params import put
 from tests import parity
 
 TINY = DecoderConfig(

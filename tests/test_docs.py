@@ -8,10 +8,10 @@ import subprocess
 import sys
 
 import pytest
+from aromni_jax.configs import demo
+from aromni_jax.launch import run
 
 from aromni_jax.cli import JOBS
-from configs import demo
-from launch import run
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from aromni_jax import checkpoint, model_dir
+from aromni_jax import model_dir
 from aromni_jax.codecs import image_vq, speech_codec
+from aromni_jax.training import checkpoint
 from aromni_jax.vocabulary import get_vocabulary
 
 

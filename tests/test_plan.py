@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from aromni_jax.hardware import parse_topology
+from aromni_jax.cluster.hardware import parse_topology
 
 ROOT = pathlib.Path(__file__).parents[1]
 PARTS = ("parameters", "optimiser", "gradients", "activations kept", "working set")

@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from aromni_jax.codecs import params as codec_params
 from aromni_jax.codecs import vq
 from aromni_jax.codecs.vqgan import Decoder, Encoder, ImageVQConfig, conv
+from aromni_jax.models import params as codec_params
 
 Array = jax.Array
 

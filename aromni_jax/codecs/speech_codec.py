@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from aromni_jax.codecs import params as codec_params
 from aromni_jax.codecs import vq
 from aromni_jax.codecs.seanet import SEANetEncoder
 from aromni_jax.codecs.spectrogram import log_mel
 from aromni_jax.codecs.vocos import ConvNeXt, Decoder
+from aromni_jax.models import params as codec_params
 
 Array = jax.Array
 

@@ -19,8 +19,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from flax import nnx
 
-from aromni_jax.codecs import params as codec_params
 from aromni_jax.codecs import vq
+from aromni_jax.models import params as codec_params
 
 Array = jax.Array
 Metrics = dict[str, Array]

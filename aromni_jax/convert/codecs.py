@@ -14,9 +14,9 @@ import numpy as np
 import yaml
 
 from aromni_jax.codecs import image_vq, speech_codec
-from aromni_jax.codecs import params as codec_params
 from aromni_jax.convert import image_vq_names, sources, speech_codec_names
 from aromni_jax.convert.sources import Tensors
+from aromni_jax.models import params as codec_params
 from aromni_jax.vocabulary import Vocabulary
 
 _VQ_PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")

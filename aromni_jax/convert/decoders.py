@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from aromni_jax.checkpoint import Streamed
-from aromni_jax.codecs.params import put
 from aromni_jax.convert import decoder_names, sources
 from aromni_jax.convert.sources import Tensors
 from aromni_jax.models.config import DecoderConfig
+from aromni_jax.models.params import put
+from aromni_jax.training.checkpoint import Streamed
 
 VQ_PREFIX = "model.vqmodel."
 # Folders that AR-Omni's loader and the hubs have.

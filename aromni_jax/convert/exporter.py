@@ -16,14 +16,14 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from aromni_jax import model_dir
-from aromni_jax.checkpoint import StoredArrays
 from aromni_jax.codecs import image_vq
-from aromni_jax.codecs import params as codec_params
 from aromni_jax.convert import decoder_names, image_vq_names, sources
 from aromni_jax.convert.decoders import VQ_PREFIX
 from aromni_jax.convert.importer import check_empty, check_room, progress, whole
 from aromni_jax.convert.logits import hf_config
+from aromni_jax.models import params as codec_params
 from aromni_jax.models.config import DecoderConfig
+from aromni_jax.training.checkpoint import StoredArrays
 
 _SHARD_BYTES = 1 << 29  # of a safetensors file; it is in memory twice while it is written
 _TENSOR = tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from aromni_jax.codecs.params import put
+from aromni_jax.models.params import put
 
 _TORCH_LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 

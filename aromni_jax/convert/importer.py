@@ -12,13 +12,14 @@ import jax
 import numpy as np
 from absl import logging
 
-from aromni_jax import __version__, checkpoint, model_dir
+from aromni_jax import __version__, model_dir
 from aromni_jax.codecs import image_vq
 from aromni_jax.convert import codecs, decoders, sources
 from aromni_jax.convert import logits as logits_lib
 from aromni_jax.convert.decoders import VQ_PREFIX, ReleasedDecoder
 from aromni_jax.convert.sources import Tensors
 from aromni_jax.convert.tokenizer import read_vocabulary
+from aromni_jax.training import checkpoint
 from aromni_jax.vocabulary import Vocabulary
 
 CERTIFICATE = "certificate.json"

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from aromni_jax.codecs.params import put
+from aromni_jax.models.params import put
 
 _ENCODER = "feature_extractor.encodec.encoder.model."
 _CODEBOOK = "feature_extractor.encodec.quantizer.vq.layers.0._codebook."

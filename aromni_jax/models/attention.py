@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from aromni_jax.sharding import on_devices, shard
+from aromni_jax.models.sharding import on_devices, shard
 
 Array = jax.Array
 

@@ -22,7 +22,7 @@ from aromni_jax.models.attention import (
   splash,
 )
 from aromni_jax.models.config import DecoderConfig
-from aromni_jax.sharding import RULES, lookup, product, shard, weight
+from aromni_jax.models.sharding import RULES, lookup, product, shard, weight
 
 Array = jax.Array
 

@@ -15,19 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from aromni_jax import sharding, train_step
-from aromni_jax.config import TrainConfig
+from aromni_jax.cluster.hardware import Topology
+from aromni_jax.cluster.xla_flags import flags
 from aromni_jax.data.batch import Batch
 from aromni_jax.data.pipeline import empty_row
-from aromni_jax.hardware import Topology
-from aromni_jax.models import attention
+from aromni_jax.models import attention, sharding
 from aromni_jax.models import decoder as decoder_lib
-from aromni_jax.optimizer import make_optimizer
 from aromni_jax.planning import hlo
 from aromni_jax.planning.estimate import TABLE_SHAPE
 from aromni_jax.planning.network import collective_seconds
+from aromni_jax.training import step as step_lib
+from aromni_jax.training.config import TrainConfig
+from aromni_jax.training.optimizer import make_optimizer
 from aromni_jax.vocabulary import PRESETS, Vocabulary, get_vocabulary
-from aromni_jax.xla_flags import flags
 
 
 def topology_devices(topology: Topology) -> list[Any]:
@@ -68,14 +68,14 @@ def lower_step(
   optimizer = make_optimizer(config.optimizer)
   with jax.set_mesh(mesh):
     decoder = nnx.eval_shape(lambda: decoder_lib.Decoder(config.model, rngs=nnx.Rngs(0)))
-    step_config = train_step.StepConfig(
+    step_config = step_lib.StepConfig(
       nnx.graphdef(decoder), vocabulary, config.loss, optimizer, config.accumulate
     )
     state = jax.eval_shape(
-      lambda: train_step.init_state(config.model, optimizer, table_shape[1], jax.random.key(0))
+      lambda: step_lib.init_state(config.model, optimizer, table_shape[1], jax.random.key(0))
     )
     shardings = sharding.state_shardings(state, mesh)
-    step = train_step.make_train_step(step_config, mesh, shardings)
+    step = step_lib.make_train_step(step_config, mesh, shardings)
     row = Batch(**empty_row(config.data.sequence_length, padding=0))
     batch = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct((config.batch_size, *x.shape), x.dtype), row

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
-from aromni_jax import sharding, train_step
-from aromni_jax.config import TrainConfig
-from aromni_jax.hardware import GIB, Topology
+from aromni_jax.cluster.hardware import GIB, Topology
+from aromni_jax.models import sharding
 from aromni_jax.models.config import DecoderConfig
 from aromni_jax.models.decoder import REMAT_SAVES
-from aromni_jax.optimizer import make_optimizer
 from aromni_jax.planning.network import DCN, collective_seconds, torus_of
+from aromni_jax.training import step as step_lib
+from aromni_jax.training.config import TrainConfig
+from aromni_jax.training.optimizer import make_optimizer
 
 TABLE_SHAPE = (8192, 256)  # of the released image codec's embeddings
 
@@ -163,7 +164,7 @@ def parameter_table(config: TrainConfig, mesh: AbstractMesh, table_dim: int):
   """Returns the parameters, and the bytes of a chip's part of the optimiser's state."""
   optimizer = make_optimizer(config.optimizer)
   state = jax.eval_shape(
-    lambda: train_step.init_state(config.model, optimizer, table_dim, jax.random.key(0))
+    lambda: step_lib.init_state(config.model, optimizer, table_dim, jax.random.key(0))
   )
   shardings = sharding.state_shardings(state, mesh)
 

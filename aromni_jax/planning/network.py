@@ -6,7 +6,7 @@ and of switches: what a chip must send or receive, over what it can send in a se
 
 import math
 
-from aromni_jax.hardware import Topology
+from aromni_jax.cluster.hardware import Topology
 
 ICI, DCN = "ICI", "DCN"
 

@@ -3,13 +3,13 @@
 import collections
 from typing import Any
 
-from aromni_jax.config import TrainConfig
-from aromni_jax.hardware import GIB
+from aromni_jax.cluster.hardware import GIB
 from aromni_jax.planning import estimate as estimate_lib
 from aromni_jax.planning.compiled import Compiled
 from aromni_jax.planning.estimate import Estimate
 from aromni_jax.planning.hlo import ACROSS
 from aromni_jax.planning.network import DCN, ICI
+from aromni_jax.training.config import TrainConfig
 
 PAPER_TOKENS = 140_000 * 480 * 1300  # of pre-training, facts of arXiv 2601.17761 section 3
 _DAY = 24 * 3600

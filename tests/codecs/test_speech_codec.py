@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 
 from aromni_jax import model_dir
-from aromni_jax.codecs import params as codec_params
 from aromni_jax.codecs import seanet, speech_codec
 from aromni_jax.convert import speech_codec_names
+from aromni_jax.models import params as codec_params
 from tests import parity
 
 TINY = speech_codec.SpeechCodecConfig(

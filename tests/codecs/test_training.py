@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from aromni_jax.codecs import params as codec_params
 from aromni_jax.codecs import training
+from aromni_jax.models import params as codec_params
 
 CONFIG = training.CodecTrainingConfig(
   num_steps=6,

@@ -10,8 +10,8 @@ import torch
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from aromni_jax.codecs import params as codec_params
 from aromni_jax.convert import decoder_names, decoders, logits, sources
+from aromni_jax.models import params as codec_params
 from aromni_jax.models.decoder import Decoder
 from tests import parity, released
 from tests.released import TINY

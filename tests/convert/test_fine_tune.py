@@ -7,11 +7,12 @@ import sys
 
 import numpy as np
 import pytest
+from aromni_jax.configs import finetune_7b
 
-from aromni_jax import model_dir, train_loop
-from aromni_jax.config import TrainConfig, to_dataclass
+from aromni_jax import model_dir
 from aromni_jax.convert import decoders, exporter
-from configs import finetune_7b
+from aromni_jax.training import loop
+from aromni_jax.training.config import TrainConfig, to_dataclass
 from tests import released
 
 
@@ -42,7 +43,7 @@ def tuned(model, tmp_path_factory):
   for name in ("embed_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
     m[name] = getattr(tiny, name)
   m.dtype = "float32"
-  train_loop.train(to_dataclass(TrainConfig, c.to_dict()), str(folder / "run"))
+  loop.train(to_dataclass(TrainConfig, c.to_dict()), str(folder / "run"))
   return folder / "run/model"
 
 
@@ -52,11 +53,11 @@ def test_a_base_of_another_function_is_refused(model, tmp_path):
   c.model.update(dataclasses.asdict(released.TINY) | {"norm_placement": "swin"})
   config = to_dataclass(TrainConfig, c.to_dict())
   with pytest.raises(ValueError, match="norm_placement is swin, but the decoder of .* has pre"):
-    train_loop._check_same_function(config, model)
-  train_loop._check_same_function(dataclasses.replace(config, change_norm_placement=True), model)
+    loop._check_same_function(config, model)
+  loop._check_same_function(dataclasses.replace(config, change_norm_placement=True), model)
   other = dataclasses.replace(config.model, norm_placement="pre", rope_theta=5e5)
   with pytest.raises(ValueError, match="rope_theta is 500000.0, but the decoder of .* has 10000.0"):
-    train_loop._check_same_function(dataclasses.replace(config, model=other), model)
+    loop._check_same_function(dataclasses.replace(config, model=other), model)
 
 
 def test_a_tuned_model_goes_back_to_ar_omni(root, tuned, tmp_path):

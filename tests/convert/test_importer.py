@@ -16,11 +16,13 @@ import pytest
 import torch
 from flax import nnx
 
-from aromni_jax import checkpoint, model_dir, sharding
-from aromni_jax.codecs import params as codec_params
+from aromni_jax import model_dir
 from aromni_jax.convert import decoders, exporter, logits, sources
 from aromni_jax.convert.importer import Sources, convert
+from aromni_jax.models import params as codec_params
+from aromni_jax.models import sharding
 from aromni_jax.models.decoder import Decoder
+from aromni_jax.training import checkpoint
 from tests import released
 
 

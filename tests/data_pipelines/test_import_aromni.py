@@ -10,6 +10,8 @@ import time
 import numpy as np
 import pyarrow as pa
 import pytest
+from aromni_jax.data_pipelines.aromni_formats import IGNORED, OFFICIAL_TASKS
+from aromni_jax.data_pipelines.aromni_shards import export_split, import_files
 from pyarrow import parquet
 
 from aromni_jax import model_dir
@@ -18,8 +20,6 @@ from aromni_jax.data.loss_weights import LossWeightConfig, loss_weights
 from aromni_jax.data.pipeline import DataConfig, make_train_iterator
 from aromni_jax.data.token_shards import TokenShards
 from aromni_jax.vocabulary import get_vocabulary
-from data_pipelines.aromni_formats import IGNORED, OFFICIAL_TASKS
-from data_pipelines.aromni_shards import export_split, import_files
 from tests.conftest import random_samples
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
+from aromni_jax.data_pipelines import picto_talk
+from aromni_jax.data_pipelines.tokenize import tokenise
 
-from aromni_jax import model_dir, pictotalk
+from aromni_jax import model_dir
 from aromni_jax.data.token_shards import TokenShards
-from aromni_jax.evaluation import tasks
+from aromni_jax.pictotalk import suite, world
 from aromni_jax.prompts import parse, read_response
-from data_pipelines import picto_talk
-from data_pipelines.tokenize import tokenise
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def tokens(data_dir, model):
 def test_manifest_counts_and_names_what_the_tokens_are(tokens, model):
   out, manifest = tokens
   train = manifest["splits"]["train"]
-  captions = len(pictotalk.captions("tiny", "train"))
+  captions = len(world.captions("tiny", "train"))
   assert train["samples_of_task"]["image_caption"] == 4 * captions
   assert train["samples_of_task"]["text_to_speech"] == 2 * captions
   assert train["samples_of_task"]["image_to_text"] == 3 * captions
@@ -49,12 +49,12 @@ def test_no_test_caption_is_trained_on(tokens, model):
       if s.task == "image_caption"
     }
   assert said["test"] and not said["train"] & said["test"]
-  assert said["test"] == {c.text for c in pictotalk.captions("tiny", "test")}
+  assert said["test"] == {c.text for c in world.captions("tiny", "test")}
 
 
 def test_codes_are_those_of_the_raw_record(tokens, data_dir, model):
   out, _ = tokens
-  item = tasks.load_items(str(data_dir), "tiny", "test", limit=1)[0]
+  item = suite.load_items(str(data_dir), "tiny", "test", limit=1)[0]
   text = item.caption.text.replace(" ", "_")
   sample = next(
     s
@@ -81,4 +81,4 @@ def test_missing_raw_set_is_named(tmp_path, model):
   with pytest.raises(FileNotFoundError, match="make it with python -m data_pipelines.build_picto"):
     tokenise(str(tmp_path), "tiny", str(tmp_path / "out"), model)
   with pytest.raises(FileNotFoundError, match="make it with python -m data_pipelines.build_picto"):
-    tasks.load_items(str(tmp_path), "tiny", "test")
+    suite.load_items(str(tmp_path), "tiny", "test")

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 
-from launch import processes
+from aromni_jax.launch import processes
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -8,9 +8,9 @@ import re
 import subprocess
 
 import pytest
+from aromni_jax.launch import run, tpu
 
-from aromni_jax.hardware import parse_topology
-from launch import run, tpu
+from aromni_jax.cluster.hardware import parse_topology
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CLOUD = ("--project=my-project", "--zone=us-west4-a")

@@ -12,8 +12,7 @@ import sys
 import time
 
 import pytest
-
-from launch import run
+from aromni_jax.launch import run
 
 AWKWARD = (
   "--workdir=gs://bucket/first run",

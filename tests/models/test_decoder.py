@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from aromni_jax.configs import base
 from flax import nnx
 from jax._src.ad_checkpoint import saved_residuals
 from safetensors import safe_open
 
-from aromni_jax import sharding
-from aromni_jax.config import TrainConfig, to_dataclass
 from aromni_jax.models import attention as attention_lib
 from aromni_jax.models import decoder as decoder_lib
+from aromni_jax.models import sharding
 from aromni_jax.models.config import DecoderConfig
 from aromni_jax.planning import estimate
-from configs import base
+from aromni_jax.training.config import TrainConfig, to_dataclass
 from tests import released
 
 PARITY = pathlib.Path(__file__).parents[1] / "fixtures/parity"

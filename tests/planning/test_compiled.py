@@ -5,14 +5,14 @@ import re
 
 import numpy as np
 import pytest
+from aromni_jax.configs import base
 
-from aromni_jax import sharding
-from aromni_jax.config import TrainConfig, to_dataclass
-from aromni_jax.hardware import parse_topology
+from aromni_jax.cluster.hardware import parse_topology
+from aromni_jax.models import sharding
 from aromni_jax.planning import compiled, estimate, hlo, report
 from aromni_jax.planning.network import DCN, ICI
+from aromni_jax.training.config import TrainConfig, to_dataclass
 from aromni_jax.vocabulary import get_vocabulary
-from configs import base
 
 VOCABULARY = get_vocabulary("demo").size  # 2944
 LENGTH, ROWS = 384, 4  # tokens, rows of a chip

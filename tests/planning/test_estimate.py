@@ -2,12 +2,12 @@ import dataclasses
 import re
 
 import pytest
+from aromni_jax.configs import finetune_7b, pods, pretrain_7b
 
-from aromni_jax.config import TrainConfig, to_dataclass
-from aromni_jax.hardware import parse_topology
+from aromni_jax.cluster.hardware import parse_topology
 from aromni_jax.planning import estimate, report
 from aromni_jax.planning.network import DCN, ICI
-from configs import finetune_7b, pods, pretrain_7b
+from aromni_jax.training.config import TrainConfig, to_dataclass
 
 MODULES = (pretrain_7b, finetune_7b)
 

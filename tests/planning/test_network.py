@@ -2,7 +2,7 @@
 
 import pytest
 
-from aromni_jax.hardware import parse_topology
+from aromni_jax.cluster.hardware import parse_topology
 from aromni_jax.planning.network import DCN, ICI, collective_seconds, torus_of
 
 POD = parse_topology("v5e:16x16")  # 45 GB/s a link and direction, two axes, 3.125 GB/s to DCN
