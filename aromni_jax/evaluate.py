@@ -14,7 +14,8 @@ import pathlib
 
 from absl import app, flags, logging
 
-from aromni_jax import logs, model_dir
+from aromni_jax import logs
+from aromni_jax.model import load_model
 from aromni_jax.pictotalk import suite, world
 
 _MODEL = flags.DEFINE_string("model", None, "Model directory; the shipped one if none.")
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   with logs.clear_errors():
     items = suite.load_items(_DATA_DIR.value, _CONFIG.value, _SPLIT.value, _LIMIT.value)
-    model = model_dir.load_model(_MODEL.value)
+    model = load_model(_MODEL.value)
     figures, answered = suite.evaluate(model, items, preset=_CONFIG.value, seed=_SEED.value)
   out = pathlib.Path(_OUT.value)
   examples = suite.write_examples(

@@ -18,19 +18,21 @@ import sys
 
 from absl import app, flags, logging
 
-from aromni_jax import logs, model_dir
-from aromni_jax.prompts import INPUTS, OUTPUTS, RECIPES
-from aromni_jax.serving import dialog
+from aromni_jax import logs
+from aromni_jax.model import Model, load_model
+from aromni_jax.recipes import RECIPES, get_recipe
+from aromni_jax.serving import dialog, dialog_files
+from aromni_jax.serving.media import write_response
 from aromni_jax.serving.requests import (
   Request,
   check_codecs,
   choose_samplers,
   generate_batch,
   make_engine,
-  write_response,
 )
+from aromni_jax.tasks import TASKS
 
-_TASK = flags.DEFINE_enum("task", None, list(INPUTS), "What to do.")
+_TASK = flags.DEFINE_enum("task", None, list(TASKS), "What to do.")
 _DIALOG = flags.DEFINE_string("dialog", None, "File of dialogues (.json or .jsonl), not a task.")
 _TEXT = flags.DEFINE_string("text", None, "Input text.")
 _IMAGE = flags.DEFINE_string("image", None, "Input picture, any format that Pillow reads.")
@@ -69,9 +71,10 @@ def main(argv: list[str]) -> None:
   elif not _OUT.value or pathlib.Path(_OUT.value).suffix:
     sys.exit(f"error: --out={_OUT.value or ''}: --dialog needs a folder")
   with logs.clear_errors():
-    dialogs = dialog.read_dialogs(_DIALOG.value) if _DIALOG.value else None
-    model = model_dir.load_model(_MODEL.value)
-    model = dataclasses.replace(model, recipe=_RECIPE.value or model.recipe)
+    dialogs = dialog_files.read_dialogs(_DIALOG.value) if _DIALOG.value else None
+    model = load_model(_MODEL.value)
+    if _RECIPE.value:
+      model = dataclasses.replace(model, recipe=get_recipe(_RECIPE.value))
     samplers = choose_samplers(
       model.recipe,
       temperature=_TEMPERATURE.value,
@@ -93,14 +96,14 @@ def main(argv: list[str]) -> None:
       dialog.write_answer(model, answer, pathlib.Path(_OUT.value))
 
 
-def _answer(model: model_dir.Model, options: dict) -> None:
+def _answer(model: Model, options: dict) -> None:
   task = _TASK.value
   request = Request(task, _TEXT.value, _IMAGE.value, _SPEECH.value, _INSTRUCTION.value)
   (response,) = generate_batch(model, [request], **options)
   for label, text in (("heard: ", response.transcript), ("", response.text)):
     if text is not None:
       print(label + text)
-  if missing := [part for part in OUTPUTS[task] if getattr(response, part) is None]:
+  if missing := [part for part in TASKS[task].outputs if getattr(response, part) is None]:
     logging.warning("The response of %d ids has no %s.", len(response.tokens), ", ".join(missing))
   if _OUT.value:
     rate = model.speech_codec.config.sample_rate if model.speech_codec else 0
@@ -110,7 +113,7 @@ def _answer(model: model_dir.Model, options: dict) -> None:
 def _check_out(task: str, out: str | None) -> None:
   """Fails before anything is computed if the response could not be kept."""
   media = {"image": ".png", "speech": ".wav"}
-  needed = [media[part] for part in OUTPUTS[task] if part in media]
+  needed = [media[part] for part in TASKS[task].outputs if part in media]
   suffix = pathlib.Path(out).suffix if out else None
   if needed and out is None:
     sys.exit(f"error: --out is missing: {task} gives a {' and a '.join(needed)} file")

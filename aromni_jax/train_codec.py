@@ -9,31 +9,19 @@ does not exist starts as a copy of the shipped text model and vocabulary.
 """
 
 import dataclasses
-import os
 import pathlib
 import shutil
 
-import numpy as np
 from absl import app, flags, logging
 
 from aromni_jax import logs, model_dir
-from aromni_jax.codecs import image_vq, speech_codec, train_speech
-from aromni_jax.codecs.training import CodecTask, CodecTrainingConfig, fit
-from aromni_jax.pictotalk import train_image, twin_scenes, world
+from aromni_jax.codecs.training import fit
+from aromni_jax.pictotalk import train_image
+from aromni_jax.pictotalk.codec_training import TRAININGS
+from aromni_jax.recipes import PAPER
 from aromni_jax.vocabulary import get_vocabulary
 
-_SETS = ("base", "new_objects")  # codecs are general: only the decoder never sees new objects
-_VOICES = ("f2", "f5", "m2")
-
-# How the shipped codecs are trained.
-_CONFIGS = {
-  "image": CodecTrainingConfig(num_steps=4700, batch_size=16, learning_rate=2e-3, warmup_steps=50),
-  "speech": CodecTrainingConfig(
-    num_steps=2200, batch_size=16, learning_rate=1.5e-3, warmup_steps=100, quantise_after=100
-  ),
-}
-
-_CODEC = flags.DEFINE_enum("codec", None, list(_CONFIGS), "Which codec.")
+_CODEC = flags.DEFINE_enum("codec", None, list(TRAININGS), "Which codec.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the checkpoints.")
 _OUT = flags.DEFINE_string("out", None, "Model directory that gets the codec.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of the raw PictoTalk sets.")
@@ -60,12 +48,10 @@ def main(argv: list[str]) -> None:
     options |= {"quantise_after": 0, "decoder_only": _DECODER_ONLY.value}
   elif _DECODER_ONLY.value:
     raise app.UsageError("--decoder_only needs --start, whose encoder and codes stay")
-  config = dataclasses.replace(
-    _CONFIGS[_CODEC.value], **{k: v for k, v in options.items() if v is not None}
-  )
-  make_task = {"image": image_task, "speech": speech_task}[_CODEC.value]
+  shipped, make_task = TRAININGS[_CODEC.value]
+  config = dataclasses.replace(shipped, **{k: v for k, v in options.items() if v is not None})
   with logs.clear_errors():
-    task = make_task(config)
+    task = make_task(config, _DATA_DIR.value)
   name = f"{_CODEC.value}_codec"
   start = model_dir.load_codec(_START.value, name) if _START.value else None
   codec = fit(task, config, _WORKDIR.value, start)
@@ -73,45 +59,10 @@ def main(argv: list[str]) -> None:
     codec = train_image.without_reader(codec)
   out = pathlib.Path(_OUT.value)
   if not (out / "model.json").exists():
-    model_dir.create(out, get_vocabulary("demo"), "paper")
+    model_dir.create(out, get_vocabulary("demo"), PAPER)
     shutil.copy(model_dir.SHIPPED / "text.model", out / "text.model")
   model_dir.save_codec(out, name, codec)
   logging.info("Wrote %s/%s.", out, name)
-
-
-def image_task(config: CodecTrainingConfig) -> CodecTask:
-  """Returns the small image codec with scenes of the train captions."""
-  captions = [c for name in _SETS for c in world.captions(name, "train")]
-  model = image_vq.PRESETS["small"]
-  source = twin_scenes.TwinScenes(
-    captions, batch_size=config.batch_size, grid=model.grid, seed=config.seed
-  )
-  unseen = world.captions("base", "validation")[:64]
-  held_out = np.stack([world.draw_scene(c, i) for i, c in enumerate(unseen)])
-  return train_image.make_task(model, source, held_out)
-
-
-def speech_task(config: CodecTrainingConfig) -> CodecTask:
-  """Returns the small speech codec with the phrases of the train captions."""
-  clips, held_out = [], []
-  for name in _SETS:
-    clips += _clips(name, "train", _VOICES)
-  held_out = _clips("base", "validation", _VOICES)
-  return train_speech.make_task(speech_codec.PRESETS["small"], config, clips, held_out)
-
-
-def _clips(name: str, split: str, voices: tuple[str, ...]) -> list[np.ndarray]:
-  """Raises FileNotFoundError if the set is not there."""
-  import tensorflow_datasets as tfds
-
-  folder = os.path.join(_DATA_DIR.value, "picto_talk", name, "1.0.0")
-  if not os.path.isdir(folder):
-    raise FileNotFoundError(
-      f"{folder} does not exist; make it with python -m data_pipelines.build_pictotalk "
-      f"--data_dir={_DATA_DIR.value} --config={name}"
-    )
-  source = tfds.builder_from_directory(folder).as_data_source(split)
-  return [record[f"speech_{v}"] for record in source for v in voices]
 
 
 def run() -> None:

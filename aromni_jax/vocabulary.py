@@ -19,20 +19,6 @@ Array = np.ndarray | jax.Array
 TEXT, IMAGE, SPEECH, SPECIAL = range(4)
 MODALITIES = ("text", "image", "speech", "special")
 
-# Task names; the index is the task id. The first seven are the ids of the released pre-training
-# code (arXiv 2601.17761, data collator); dialogue and image_to_speech are ours.
-TASKS = (
-  "image_caption",
-  "speech_to_text",
-  "text_to_image",
-  "text_to_speech",
-  "image_to_text",
-  "speech_to_image",
-  "text_to_text",
-  "dialogue",
-  "image_to_speech",
-)
-
 SPECIAL_NAMES = (
   "bos",
   "pad",
@@ -46,13 +32,6 @@ SPECIAL_NAMES = (
   "instruction",
   "response",
 )
-
-
-def task_id(task: str) -> int:
-  """Returns the id of a task name. Raises ValueError for a task that does not exist."""
-  if task not in TASKS:
-    raise ValueError(f"task {task!r} does not exist; expected one of {', '.join(TASKS)}")
-  return TASKS.index(task)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,8 +27,9 @@ from aromni_jax.data import token_shards
 from aromni_jax.data.pipeline import DataConfig, RowPlan, make_train_iterator
 from aromni_jax.data.token_shards import TokenShards
 from aromni_jax.models.config import DecoderConfig
-from aromni_jax.prompts import Sample
-from aromni_jax.vocabulary import TASKS, Vocabulary, get_vocabulary
+from aromni_jax.sample import Sample
+from aromni_jax.tasks import TASKS, task_name
+from aromni_jax.vocabulary import Vocabulary, get_vocabulary
 
 _SHARDS = flags.DEFINE_string("shards", "", "Folder of token shards; empty makes some.")
 _BATCHES = flags.DEFINE_integer("batches", 40, "Measured batches of a case and round.")
@@ -48,7 +49,7 @@ def samples(count: int, vocabulary: Vocabulary) -> Iterator[Sample]:
   for i in range(count):
     ids = rng.integers(10, vocabulary.size, rng.integers(100, 1501), dtype=np.int32)
     ids[0], ids[-1] = vocabulary.bos, vocabulary.eos
-    yield Sample(ids, TASKS[i % len(TASKS)], len(ids) // 3, f"sample{i}")
+    yield Sample(ids, task_name(i % len(TASKS)), len(ids) // 3, f"sample{i}")
 
 
 def host_tokens_per_second(topology: str, mfu: float, length: int) -> float:

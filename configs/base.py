@@ -1,5 +1,8 @@
 """Every option with its default; other configurations import this one and change some."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
@@ -96,13 +99,8 @@ def get_config() -> ConfigDict:
   return c
 
 
-def released(c: ConfigDict) -> ConfigDict:
-  """Sets every switch to the released code's side, see docs/architecture.md."""
-  c.loss.perceptual_weight = 1.0
-  c.loss.perceptual_pairing = "own_position"
-  c.loss.perceptual_distance = "mse"
-  c.loss.perceptual_tasks = ("text_to_image",)
-  c.loss.train_projection = False
-  c.loss.normaliser = "weights"
-  c.optimizer.learning_rate = 1e-5
-  return c
+def apply(c: ConfigDict, fields: Mapping[str, Any]) -> None:
+  """Sets dotted fields, such as a recipe's."""
+  for name, value in fields.items():
+    section, _, field = name.rpartition(".")
+    (c[section] if section else c)[field] = value

@@ -9,7 +9,7 @@ aromni train --config=configs/demo.py:tiny --workdir=DIR        seconds, to see 
 from aromni_jax.configs import base
 from ml_collections import ConfigDict
 
-from aromni_jax.vocabulary import TASKS
+from aromni_jax.tasks import TASKS
 
 ARGUMENTS = ("default", "shipped", "new_objects", "tiny")
 

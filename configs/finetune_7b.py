@@ -12,31 +12,19 @@ aromni train --config=configs/finetune_7b.py:h100:8 ...       for other chips th
 from aromni_jax.configs import base, pods
 from ml_collections import ConfigDict
 
-RECIPES = ("paper", "released")
-
 
 def get_config(argument: str = "") -> ConfigDict:
-  recipe, topology = pods.split_argument(argument, RECIPES, "configs/finetune_7b.py")
+  recipe, topology = pods.split_argument(argument, "finetune_7b")
   c = base.get_config()
   c.init_from_base = True
-  c.model.norm_placement = "swin"
   c.batch_size = 64
   c.num_steps = 18_000
   c.eval_every = 1000
   c.data.shards = "data/instruct"
-  c.data.sequence_length = 3456
   c.data.long_samples = "drop"
   c.data.loss_weights.prompt = 0.0
   c.data.loss_weights.boosted = 1.0
   c.loss.vocab_block = 8192  # 65,536 logits of all positions would not fit
-  c.optimizer.learning_rate = 2e-5
-  c.optimizer.warmup_steps = 900  # 0.05
-  if recipe == "released":
-    base.released(c)
-    c.model.norm_placement = "pre"  # an error says so if the checkpoint has the other one
-    c.loss.perceptual_tasks = ()  # every picture that is answered with
-    c.data.sequence_length = 2048
-    c.optimizer.b2 = 0.999
-    c.optimizer.warmup_steps = 540  # 0.03; the released code counts 5 epochs instead of steps
+  base.apply(c, {**recipe.training, **recipe.fine_tuning})
   pods.fine_tuning(c, topology)
   return c

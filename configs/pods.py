@@ -7,6 +7,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from aromni_jax.recipes import PAPER, RECIPES, Recipe
+
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
@@ -37,22 +39,22 @@ PODS = {
 DEFAULT = "v5e:16x16"
 
 
-def split_argument(argument: str, recipes: tuple[str, ...], file: str) -> tuple[str, str]:
+def split_argument(argument: str, config: str) -> tuple[Recipe, str]:
   """Returns recipe and topology of RECIPE, TOPOLOGY or RECIPE,TOPOLOGY.
 
   Raises:
-    ValueError: for anything else.
+    ValueError: for anything else, naming the configuration.
   """
-  recipe, topology = recipes[0], DEFAULT
+  recipe, topology = PAPER, DEFAULT
   for part in argument.split(",") if argument else ():
-    if part in recipes:
-      recipe = part
+    if part in RECIPES:
+      recipe = RECIPES[part]
     elif part in PODS:
       topology = part
     else:
       raise ValueError(
-        f"{file}:{part} does not exist; expected one of {recipes}, of {tuple(PODS)}, or one of "
-        "both with a comma between them"
+        f"{config}:{part} does not exist; expected one of {tuple(RECIPES)}, of {tuple(PODS)}, or "
+        "one of both with a comma between them"
       )
   return recipe, topology
 

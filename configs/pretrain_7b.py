@@ -16,40 +16,18 @@ long that takes.
 from aromni_jax.configs import base, pods
 from ml_collections import ConfigDict
 
-RECIPES = ("paper", "released")
-_TOKENS = {"paper": 140_000 * 480 * 1300, "released": 150_000 * 256 * 1300}
-_WARMUP = {"paper": 0.05, "released": 0.03}  # of the steps
-
-# Text : pictures with text : speech with text = 0.5 : 1 : 2 (section 3); the paper does not say
-# how a modality is shared by its tasks, nor in which unit: halves, of tokens.
-_MIXTURE = {
-  "text_to_text": 0.5,
-  "image_caption": 0.5,
-  "text_to_image": 0.5,
-  "speech_to_text": 1.0,
-  "text_to_speech": 1.0,
-}
-
 
 def get_config(argument: str = "") -> ConfigDict:
-  recipe, topology = pods.split_argument(argument, RECIPES, "configs/pretrain_7b.py")
+  recipe, topology = pods.split_argument(argument, "pretrain_7b")
   c = base.get_config()
   c.init_from_base = True
-  c.model.norm_placement = "swin"
-  c.change_norm_placement = True  # Anole's norms stand before the branches; step 0 is not Anole
   c.eval_every = 5000
   c.checkpoint_every = 1000
   c.data.shards = "data/pretrain"
   c.data.long_samples = "drop"
-  c.data.mixture = ConfigDict(_MIXTURE)
   c.loss.vocab_block = 8192  # 65,536 logits of all positions would not fit
-  if recipe == "released":
-    base.released(c)
-    c.model.norm_placement = "pre"
-    c.change_norm_placement = False  # the released code keeps what the checkpoint says
-    c.optimizer.b2 = 0.999
-    c.data.mixture = ConfigDict()  # every sample as it comes
+  base.apply(c, {**recipe.training, **recipe.pretraining})
   pods.pretraining(c, topology)
-  c.num_steps = round(_TOKENS[recipe] / (c.batch_size * c.data.sequence_length))
-  c.optimizer.warmup_steps = round(_WARMUP[recipe] * c.num_steps)
+  c.num_steps = round(recipe.pretraining_tokens / (c.batch_size * c.data.sequence_length))
+  c.optimizer.warmup_steps = round(recipe.warmup * c.num_steps)
   return c

@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from aromni_jax.prompts import Sample
-from aromni_jax.vocabulary import TASKS, Vocabulary
+from aromni_jax.sample import Sample
+from aromni_jax.tasks import TASKS
+from aromni_jax.vocabulary import Vocabulary
 
-OFFICIAL_TASKS = TASKS[:7]  # names that the released pre-training code knows
+# Names that the released pre-training code knows.
+OFFICIAL_TASKS = tuple(name for name, task in TASKS.items() if task.released)
 IGNORED = -100  # label of an id that is not predicted
 # The released loaders keep JSONL samples that are shorter, and parquet samples that are not longer.
 MAX_LENGTH = {".jsonl": 1300, ".parquet": 2048}

@@ -16,7 +16,7 @@ from absl import logging
 from aromni_jax.data_pipelines import aromni_formats, sample_parts
 
 from aromni_jax.data import token_shards
-from aromni_jax.prompts import Sample
+from aromni_jax.sample import Sample
 from aromni_jax.vocabulary import Vocabulary
 
 _EVERY = 10.0  # seconds between lines of progress

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from aromni_jax.data_pipelines.aromni_formats import BadLine
 
-from aromni_jax.prompts import Sample
-from aromni_jax.vocabulary import TASKS, task_id
+from aromni_jax.sample import Sample
+from aromni_jax.tasks import get_task, task_name
 
 REJECTED = "rejected.jsonl"
 _INFO = "part.json"
@@ -120,7 +120,7 @@ def _save(path: pathlib.Path, source: str, chunk: list[tuple[int, Sample]]) -> N
     path,
     tokens=np.concatenate([s.tokens for s in samples]),
     length=np.array([len(s.tokens) for s in samples]),
-    task=np.array([task_id(s.task) for s in samples]),
+    task=np.array([get_task(s.task).id for s in samples]),
     response_start=np.array([s.response_start for s in samples]),
     spans=np.concatenate(spans),
     span_count=np.array([len(s) for s in spans]),
@@ -138,7 +138,7 @@ def _samples(chunk, source: str, chosen: np.ndarray, nameless: np.ndarray) -> It
   for i in np.flatnonzero(chosen):
     yield Sample(
       tokens[i],
-      TASKS[chunk["task"][i]],
+      task_name(int(chunk["task"][i])),
       int(chunk["response_start"][i]),
       f"{source}:{chunk['line'][i]}" if nameless[i] or not ids[i] else ids[i],
       spans[i] if len(spans[i]) else None,

@@ -13,14 +13,16 @@ import os
 from collections.abc import Iterator
 
 import numpy as np
-import tensorflow_datasets as tfds
 from absl import app, flags, logging
 
-from aromni_jax import logs, model_dir
+from aromni_jax import logs
+from aromni_jax.codecs import batching
 from aromni_jax.data import token_shards
-from aromni_jax.model_dir import Model
+from aromni_jax.model import Model, load_model
 from aromni_jax.pictotalk import world
-from aromni_jax.prompts import Parts, Sample, make_sample
+from aromni_jax.pictotalk.records import open_set
+from aromni_jax.prompts import make_sample
+from aromni_jax.sample import Parts, Sample
 
 INPUT_VOICES = ("f2", "f5", "m2")  # f3 is held out
 OUTPUT_VOICES = ("f2", "f5")  # the recogniser hears them best
@@ -41,7 +43,7 @@ def encode(model: Model, source, voices: tuple[str, ...], scenes: int) -> list[I
   records = [source[i] for i in range(len(source))]
   pictures = np.concatenate([r["image"][:scenes] for r in records])
   logging.info("Encoding %d pictures.", len(pictures))
-  images = model_dir.encode_images(model.image_codec, pictures).reshape(len(records), scenes, -1)
+  images = batching.encode_images(model.image_codec, pictures).reshape(len(records), scenes, -1)
   items = []
   for record, codes in zip(records, images, strict=True):
     names = {k: record[k].decode() for k in ("key", "caption", "object", "colour")}
@@ -49,7 +51,7 @@ def encode(model: Model, source, voices: tuple[str, ...], scenes: int) -> list[I
   for voice in voices:
     logging.info("Encoding %d phrases of voice %s.", len(records), voice)
     clips = [r[f"speech_{voice}"].astype(np.float32) / 32768 for r in records]
-    for item, codes in zip(items, model_dir.encode_speech(model.speech_codec, clips), strict=True):
+    for item, codes in zip(items, batching.encode_speech(model.speech_codec, clips), strict=True):
       item["speech"][voice] = codes
   return sorted(items, key=lambda item: item["key"])
 
@@ -121,13 +123,7 @@ def tokenise(data_dir: str, config: str, out: str, model: Model) -> dict:
   Raises:
     FileNotFoundError: if the raw set is not there.
   """
-  raw = os.path.join(data_dir, "picto_talk", config, "1.0.0")
-  if not os.path.isdir(raw):
-    raise FileNotFoundError(
-      f"{raw} does not exist; make it with python -m data_pipelines.build_pictotalk "
-      f"--data_dir={data_dir} --config={config}"
-    )
-  builder = tfds.builder_from_directory(raw)
+  builder = open_set(data_dir, config)
   splits = {}
   for split in builder.info.splits:
     training = split == "train"
@@ -148,7 +144,7 @@ def tokenise(data_dir: str, config: str, out: str, model: Model) -> dict:
     ).hexdigest()
     for split in world.SPLITS
   }
-  metadata = {**fingerprints, "recipe": model.recipe, "source": config, "split_hashes": hashes}
+  metadata = {**fingerprints, "recipe": model.recipe.name, "source": config, "split_hashes": hashes}
   return token_shards.write(out, splits, model.vocabulary, metadata)
 
 
@@ -162,7 +158,7 @@ def main(argv: list[str]) -> None:
   del argv
   with logs.clear_errors():
     out = _OUT.value or os.path.join(_DATA_DIR.value, f"tokens_{_CONFIG.value}")
-    manifest = tokenise(_DATA_DIR.value, _CONFIG.value, out, model_dir.load_model(_MODEL.value))
+    manifest = tokenise(_DATA_DIR.value, _CONFIG.value, out, load_model(_MODEL.value))
   for split, counts in manifest["splits"].items():
     logging.info("%s: %d samples, %d tokens", split, counts["samples"], counts["tokens"])
 

@@ -12,8 +12,9 @@ import numpy as np
 import sentencepiece as spm
 from absl import app, flags, logging
 
-from aromni_jax import logs, prompts
+from aromni_jax import logs
 from aromni_jax.pictotalk import world
+from aromni_jax.tasks import TASKS
 from aromni_jax.vocabulary import get_vocabulary
 
 _OUT = flags.DEFINE_string("out", "aromni_jax/pretrained/text.model", "File to write.")
@@ -25,7 +26,7 @@ def whole_words() -> list[str]:
   """Returns the words that become single pieces, with SentencePiece's mark of a word's begin."""
   texts = [c.text for c in world.captions("base")]
   texts += [c.object for c in world.captions("base")]
-  texts += [text for wordings in prompts.WORDINGS.values() for text in wordings]
+  texts += [text for task in TASKS.values() for text in task.wordings]
   words = {word for text in texts for word in re.findall(r"[\w']+", text)}
   return ["▁" + word for word in sorted(words)] + ["▁" + w for n in _NAMES for w in n.split()]
 

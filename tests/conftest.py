@@ -14,13 +14,17 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from aromni_jax import model_dir  # noqa: E402
+from aromni_jax.codecs.registry import CODECS  # noqa: E402
 from aromni_jax.codecs.text import SentencePieceText  # noqa: E402
 from aromni_jax.data import token_shards  # noqa: E402
-from aromni_jax.prompts import INPUTS, OUTPUTS, Parts, make_sample  # noqa: E402
+from aromni_jax.prompts import make_sample  # noqa: E402
+from aromni_jax.recipes import PAPER  # noqa: E402
+from aromni_jax.sample import Parts  # noqa: E402
+from aromni_jax.tasks import TASKS  # noqa: E402
 from aromni_jax.vocabulary import get_vocabulary  # noqa: E402
 
 
-def random_samples(count: int, seed: int = 0, tasks=tuple(INPUTS)):
+def random_samples(count: int, seed: int = 0, tasks=tuple(TASKS)):
   """Yields samples of all tasks with random codes."""
   vocabulary = get_vocabulary("demo")
   text = SentencePieceText(model_dir.SHIPPED / "text.model", vocabulary)
@@ -35,14 +39,13 @@ def random_samples(count: int, seed: int = 0, tasks=tuple(INPUTS)):
 
   for i in range(count):
     task = tasks[i % len(tasks)]
-    extra = ("transcript",) if task == "dialogue" else ()
     yield make_sample(
       task,
       vocabulary,
       text,
-      recipe="paper",
-      inputs=Parts(**{n: part(n) for n in INPUTS[task]}),
-      response=Parts(**{n: part(n) for n in OUTPUTS[task] + extra}),
+      recipe=PAPER,
+      inputs=Parts(**{n: part(n) for n in TASKS[task].inputs}),
+      response=Parts(**{n: part(n) for n in TASKS[task].parts}),
       key=f"item{i}",
     )
 
@@ -54,7 +57,7 @@ def shards(tmp_path_factory):
   info = model_dir.read_info(model_dir.SHIPPED)
   vocabulary = get_vocabulary("demo")
   text = SentencePieceText(model_dir.SHIPPED / "text.model", vocabulary)
-  metadata = {f"{name}_fingerprint": info[name]["fingerprint"] for name in model_dir.CODECS}
+  metadata = {f"{name}_fingerprint": info[name]["fingerprint"] for name in CODECS}
   metadata["text_fingerprint"] = text.fingerprint()
   splits = {"train": random_samples(360), "validation": random_samples(36, seed=1)}
   token_shards.write(out, splits, vocabulary, metadata)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from aromni_jax import model_dir
-from aromni_jax.codecs import image_vq, speech_codec
-from aromni_jax.training import checkpoint
+from aromni_jax import model_dir, storage
+from aromni_jax.codecs import batching, image_vq, speech_codec
+from aromni_jax.model import load_model
 from aromni_jax.vocabulary import get_vocabulary
 
 
@@ -36,10 +36,10 @@ def zeros(module, config):
 def test_codes_of_batches_do_not_depend_on_the_batch():
   codec = model_dir.load_codec(model_dir.SHIPPED, "image_codec")
   pictures = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
-  codes = model_dir.encode_images(codec, pictures, batch_size=2)
+  codes = batching.encode_images(codec, pictures, batch_size=2)
   assert codes.shape == (5, 64)
-  np.testing.assert_array_equal(codes[3:], model_dir.encode_images(codec, pictures[3:], 2))
-  assert model_dir.decode_images(codec, codes, batch_size=4).shape == pictures.shape
+  np.testing.assert_array_equal(codes[3:], batching.encode_images(codec, pictures[3:], 2))
+  assert batching.decode_images(codec, codes, batch_size=4).shape == pictures.shape
 
 
 def test_batches_of_big_pictures_are_small(monkeypatch):
@@ -53,7 +53,7 @@ def test_batches_of_big_pictures_are_small(monkeypatch):
   config = image_vq.ImageVQConfig(resolution=512, ch=8, ch_mult=(1,), n_embed=2, num_groups=8)
   pictures = np.zeros((6, 512, 512, 3), np.float32)
   pictures += np.arange(6)[:, None, None, None]
-  codes = model_dir.encode_images(zeros(image_vq.ImageVQ, config), pictures)
+  codes = batching.encode_images(zeros(image_vq.ImageVQ, config), pictures)
   assert codes.ravel().tolist() == [0, 1, 2, 3, 4, 5]
   assert seen == [(4, 512, 512, 3)]  # traced once, though the last batch is not full
 
@@ -62,11 +62,11 @@ def test_ragged_speech_comes_back_at_its_length():
   codec = model_dir.load_codec(model_dir.SHIPPED, "speech_codec")
   rng = np.random.default_rng(0)
   clips = [rng.normal(size=n).astype(np.float32) * 0.1 for n in (1, 400, 5000, 20_000)]
-  codes = model_dir.encode_speech(codec, clips, batch_size=2)
+  codes = batching.encode_speech(codec, clips, batch_size=2)
   assert [len(c) for c in codes] == [1, 1, 13, 50]
-  wavs = model_dir.decode_speech(codec, codes, batch_size=2)
+  wavs = batching.decode_speech(codec, codes, batch_size=2)
   assert [len(w) for w in wavs] == [400, 400, 5200, 20_000]
-  (alone,) = model_dir.decode_speech(codec, codes[2:3], batch_size=2)
+  (alone,) = batching.decode_speech(codec, codes[2:3], batch_size=2)
   np.testing.assert_allclose(wavs[2], alone, atol=1e-5)
 
 
@@ -74,10 +74,10 @@ def test_a_clip_sounds_as_it_does_alone():
   """The small codec pads with silence (its codes hear it), but decodes each clip by itself."""
   codec = model_dir.load_codec(model_dir.SHIPPED, "speech_codec")
   clip = 0.1 * np.random.default_rng(0).normal(size=400 * 47).astype(np.float32)
-  (codes,) = model_dir.encode_speech(codec, [clip], batch_size=1)
+  (codes,) = batching.encode_speech(codec, [clip], batch_size=1)
   silent = np.pad(clip, (0, 400 * (64 - 47)))[None]
   np.testing.assert_array_equal(codes, nnx.jit(lambda c: c.encode(silent))(codec)[0, :47])
-  (wav,) = model_dir.decode_speech(codec, [codes], batch_size=1)
+  (wav,) = batching.decode_speech(codec, [codes], batch_size=1)
   want = nnx.jit(lambda c: c.decode(codes[None]))(codec)[0]
   np.testing.assert_allclose(wav, want, atol=1e-5)
 
@@ -98,8 +98,8 @@ def test_many_lengths_need_few_compilations(monkeypatch):
   codec = zeros(speech_codec.SpeechCodec, config)
   lengths = np.random.default_rng(0).integers(1, 600 * 500, 60)
   clips = [np.full(n, i, np.float32) for i, n in enumerate(lengths)]
-  codes = model_dir.encode_speech(codec, clips, batch_size=4)
-  wavs = model_dir.decode_speech(codec, codes, batch_size=4)
+  codes = batching.encode_speech(codec, clips, batch_size=4)
+  wavs = batching.decode_speech(codec, codes, batch_size=4)
   for i, n in enumerate(lengths):
     assert len(codes[i]) == -(-n // 600) and len(wavs[i]) == 600 * len(codes[i])
     assert (codes[i] == i).all() and (wavs[i] == i).all()
@@ -109,11 +109,11 @@ def test_many_lengths_need_few_compilations(monkeypatch):
 
 def test_buckets_waste_at_most_a_third():
   units = range(1, 7201)  # to three minutes at 40 codes per second
-  sizes = [model_dir.bucket(n) for n in units]
+  sizes = [batching.bucket(n) for n in units]
   assert all(n <= size <= max(1.5 * n, 32) for n, size in zip(units, sizes, strict=True))
   assert len(set(sizes)) == 17
   # The codes of the small codec hear their padding, so these must stay what they are.
-  assert [model_dir.bucket(n, halves=False) for n in (1, 32, 33, 65, 100)] == [32, 32, 64, 128, 128]
+  assert [batching.bucket(n, halves=False) for n in (1, 32, 33, 65, 100)] == [32, 32, 64, 128, 128]
 
 
 def test_saved_codec_is_the_loaded_one(copy):
@@ -135,24 +135,24 @@ def test_a_codec_without_pixel_decoder_is_kept(copy):
   codec = model_dir.load_codec(copy, "image_codec")
   assert not codec.config.has_decoder
   with pytest.raises(ValueError, match="no pixel decoder; convert with the original"):
-    model_dir.decode_images(codec, np.zeros((1, 64), np.int32))
+    batching.decode_images(codec, np.zeros((1, 64), np.int32))
 
 
 def test_missing_parts_are_named(copy, tmp_path):
   with pytest.raises(FileNotFoundError, match="is not a model directory: it has no model.json"):
-    model_dir.load_model(tmp_path / "nowhere")
+    load_model(tmp_path / "nowhere")
   edit(copy, lambda info: info.pop("image_codec"))
   with pytest.raises(ValueError, match="has no image_codec. Convert with --vqgan=vqgan.ckpt, or"):
-    model_dir.load_model(copy).needed("image_codec")
+    load_model(copy).needed("image_codec")
 
 
 def test_broken_parts_are_named(copy):
   (copy / "text.model").write_bytes(b"not a model")
   with pytest.raises(ValueError, match="text.model is not a SentencePiece model"):
-    model_dir.load_model(copy)
+    load_model(copy)
   (copy / "model.json").write_text("{")
   with pytest.raises(ValueError, match="model.json is not JSON"):
-    model_dir.load_model(copy)
+    load_model(copy)
 
 
 def test_another_codec_than_the_noted_one_is_refused(copy):
@@ -166,18 +166,18 @@ def test_another_codec_than_the_noted_one_is_refused(copy):
 
 def test_torn_checkpoints_are_named(copy, tmp_path):
   with pytest.raises(FileNotFoundError, match="expected an Orbax checkpoint"):
-    checkpoint.load_params(tmp_path / "none")
+    storage.load_params(tmp_path / "none")
   for file in (copy / "image_codec").rglob("*"):
     if file.is_file() and file.stat().st_size > 10_000:
       file.write_bytes(file.read_bytes()[:1000])
   with pytest.raises(ValueError, match="is not a whole Orbax checkpoint"):
-    checkpoint.load_params(copy / "image_codec")
+    storage.load_params(copy / "image_codec")
 
 
 def test_params_round_trip_in_bfloat16(tmp_path):
   params = {"a": {"kernel": np.arange(6, dtype=np.float32)}, "n": np.array([3], np.int32)}
-  checkpoint.save_params(tmp_path / "p", params, "bfloat16")
-  out = checkpoint.load_params(tmp_path / "p")
+  storage.save_params(tmp_path / "p", params, "bfloat16")
+  out = storage.load_params(tmp_path / "p")
   np.testing.assert_array_equal(out["a"]["kernel"], params["a"]["kernel"])
   assert out["a"]["kernel"].dtype == np.float32 and out["n"].dtype == np.int32
 
@@ -185,5 +185,5 @@ def test_params_round_trip_in_bfloat16(tmp_path):
 def test_the_shipped_model_is_small_and_whole():
   size = sum(f.stat().st_size for f in model_dir.SHIPPED.rglob("*") if f.is_file())
   assert size < 40e6
-  model = model_dir.load_model()
+  model = load_model()
   assert model.vocabulary == get_vocabulary("demo")

@@ -6,22 +6,17 @@ from hypothesis import strategies as st
 from aromni_jax import model_dir
 from aromni_jax.codecs.text import SentencePieceText
 from aromni_jax.prompts import (
-  INPUTS,
-  OUTPUTS,
-  RECIPES,
-  WORDINGS,
-  Parts,
-  Sample,
-  Turn,
   make_chat_prompt,
   make_prompt,
   make_sample,
   parse,
   read_response,
-  without_prompt,
   wording,
 )
-from aromni_jax.vocabulary import TASKS, get_vocabulary
+from aromni_jax.recipes import PAPER, RECIPES, RELEASED, get_recipe
+from aromni_jax.sample import Parts, Sample, Turn, without_prompt
+from aromni_jax.tasks import TASKS
+from aromni_jax.vocabulary import get_vocabulary
 
 VOCABULARY = get_vocabulary("demo")
 TEXT = SentencePieceText(model_dir.SHIPPED / "text.model", VOCABULARY)
@@ -40,15 +35,15 @@ def random_parts(rng, names):
   return Parts(**values)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("task", TASKS)
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**31))
 def test_every_sample_parses_back_into_its_parts(task, recipe, seed):
   rng = np.random.default_rng(seed)
-  inputs = random_parts(rng, INPUTS[task])
-  extra = ("transcript",) if task == "dialogue" else ()
-  response = random_parts(rng, OUTPUTS[task] + extra)
+  inputs = random_parts(rng, TASKS[task].inputs)
+  extra = ("transcript",) if TASKS[task].chats else ()
+  response = random_parts(rng, TASKS[task].outputs + extra)
   sample = make_sample(
     task, VOCABULARY, TEXT, recipe=recipe, inputs=inputs, response=response, key="k"
   )
@@ -71,7 +66,7 @@ def test_every_sample_parses_back_into_its_parts(task, recipe, seed):
       np.testing.assert_array_equal(have, want)
   segments = parse(sample.tokens, VOCABULARY)
   np.testing.assert_array_equal(np.concatenate([s.ids for s in segments]), sample.tokens)
-  for kind in INPUTS[task]:
+  for kind in TASKS[task].inputs:
     codes = {"image": VOCABULARY.image_codes, "speech": VOCABULARY.speech_codes}.get(kind)
     if codes:
       first = next(s for s in parse(prompt, VOCABULARY) if s.kind == kind)
@@ -80,12 +75,12 @@ def test_every_sample_parses_back_into_its_parts(task, recipe, seed):
 
 def test_paper_prompt_in_words():
   ids = make_prompt(
-    "text_to_speech", VOCABULARY, TEXT, recipe="paper", inputs=Parts(text="two dogs on blue")
+    "text_to_speech", VOCABULARY, TEXT, recipe=PAPER, inputs=Parts(text="two dogs on blue")
   )
   assert ids[0] == VOCABULARY.bos and VOCABULARY.eoh in ids
   said = TEXT.decode(ids)
   assert said.startswith("USER:") and said.endswith("ASSISTANT:")
-  assert WORDINGS["text_to_speech"][0] in said and "This is input: two dogs on blue" in said
+  assert TASKS["text_to_speech"].wordings[0] in said and "This is input: two dogs on blue" in said
 
 
 V, SAY = VOCABULARY, TEXT.encode
@@ -142,7 +137,7 @@ CHAT = "Please acknowledge the user's vocal input, create a textual response."
   ],
 )
 def test_released_prompts_piece_by_piece(task, inputs, pieces):
-  ids = make_prompt(task, V, TEXT, recipe="released", inputs=inputs)
+  ids = make_prompt(task, V, TEXT, recipe=RELEASED, inputs=inputs)
   np.testing.assert_array_equal(ids, np.concatenate([[V.bos], *pieces]))
 
 
@@ -156,9 +151,9 @@ class Spelling:
 def test_released_spaces_survive():
   pieces = {"text_to_image": (" This is input: ", " GPT:"), "text_to_speech": ("This is input: ",)}
   for task, wanted in pieces.items():
-    ids = make_prompt(task, V, Spelling(), recipe="released", inputs=Parts(text="x"))
+    ids = make_prompt(task, V, Spelling(), recipe=RELEASED, inputs=Parts(text="x"))
     said = "".join(chr(i - V.text.start) if i in V.text else "|" for i in ids)
-    want = "|USER:" + WORDINGS[task][0] + wanted[0] + "x|" + (wanted[1:] or ("GPT:",))[0]
+    want = "|USER:" + TASKS[task].wordings[0] + wanted[0] + "x|" + (wanted[1:] or ("GPT:",))[0]
     assert said == want
 
 
@@ -175,14 +170,14 @@ def test_a_chat_of_three_turns_piece_by_piece():
     [first, SAY("USER:"), SOUND, [V.eoh], SAY("GPT:")],
     [[2102, V.eom], SAY("USER:"), SHOWN, SOUND, SAY(CHAT), [V.eoh], SAY("GPT:")],
   ]
-  ids = make_chat_prompt(turns, V, TEXT, recipe="released")
+  ids = make_chat_prompt(turns, V, TEXT, recipe=RELEASED)
   np.testing.assert_array_equal(ids, np.concatenate(sum(pieces, [])))
-  paper = make_chat_prompt(turns[2:], V, TEXT, recipe="paper")
+  paper = make_chat_prompt(turns[2:], V, TEXT, recipe=PAPER)
   want = [[V.bos], SAY("USER:"), SHOWN, SAY(CHAT), SOUND, [V.eoh], SAY("ASSISTANT:")]
   np.testing.assert_array_equal(paper, np.concatenate(want))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize(
   "replies, kept",
   [
@@ -212,7 +207,7 @@ def test_only_the_end_of_the_history_is_closed(recipe, replies, kept):
 )
 def test_wrong_chats_are_named(turns, message):
   with pytest.raises(ValueError, match=message):
-    make_chat_prompt(turns, V, TEXT, recipe="released")
+    make_chat_prompt(turns, V, TEXT, recipe=RELEASED)
 
 
 def test_unfinished_and_unruly_responses_are_read_as_far_as_they_are():
@@ -246,9 +241,9 @@ def test_unfinished_and_unruly_responses_are_read_as_far_as_they_are():
 )
 def test_wrong_inputs_are_named(task, inputs, message):
   with pytest.raises(ValueError, match=message):
-    make_prompt(task, VOCABULARY, TEXT, recipe="paper", inputs=inputs)
-  with pytest.raises(ValueError, match="recipe 'mine' does not exist"):
-    make_prompt("text_to_image", VOCABULARY, TEXT, recipe="mine", inputs=Parts(text="a"))
+    make_prompt(task, VOCABULARY, TEXT, recipe=PAPER, inputs=inputs)
+  with pytest.raises(ValueError, match="recipe 'mine' does not exist; expected one of paper, rel"):
+    get_recipe("mine")
 
 
 @given(st.text(max_size=40))

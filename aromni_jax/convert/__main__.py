@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from aromni_jax import logs
 from aromni_jax.convert import decoders, exporter, importer, logits
 from aromni_jax.convert.decoder_names import LAYOUTS
-from aromni_jax.prompts import RECIPES
+from aromni_jax.recipes import RECIPES, get_recipe
 
 _SOURCE = flags.DEFINE_string("source", None, "Folder of released files to convert.")
 _MODEL = flags.DEFINE_string("model", None, "Model directory to write in a released layout.")
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     if _SOURCE.value:
       if _OUT.value is None:
         raise ValueError("--out is missing: the model directory to write")
-      certificate = importer.convert(_sources(), _OUT.value, recipe=_RECIPE.value)
+      certificate = importer.convert(_sources(), _OUT.value, recipe=get_recipe(_RECIPE.value))
       logging.info(
         "Wrote %s: layout %s, %d tensors mapped, %d left out (see %s).",
         *(_OUT.value, certificate["layout"], len(certificate["mapped"])),

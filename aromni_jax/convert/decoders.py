@@ -16,7 +16,7 @@ from aromni_jax.convert import decoder_names, sources
 from aromni_jax.convert.sources import Tensors
 from aromni_jax.models.config import DecoderConfig
 from aromni_jax.models.params import put
-from aromni_jax.training.checkpoint import Streamed
+from aromni_jax.storage import Streamed
 
 VQ_PREFIX = "model.vqmodel."
 # Folders that AR-Omni's loader and the hubs have.

@@ -23,7 +23,7 @@ from aromni_jax.convert.importer import check_empty, check_room, progress, whole
 from aromni_jax.convert.logits import hf_config
 from aromni_jax.models import params as codec_params
 from aromni_jax.models.config import DecoderConfig
-from aromni_jax.training.checkpoint import StoredArrays
+from aromni_jax.storage import StoredArrays
 
 _SHARD_BYTES = 1 << 29  # of a safetensors file; it is in memory twice while it is written
 _TENSOR = tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]

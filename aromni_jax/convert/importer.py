@@ -12,14 +12,14 @@ import jax
 import numpy as np
 from absl import logging
 
-from aromni_jax import __version__, model_dir
+from aromni_jax import __version__, model_dir, storage
 from aromni_jax.codecs import image_vq
 from aromni_jax.convert import codecs, decoders, sources
 from aromni_jax.convert import logits as logits_lib
 from aromni_jax.convert.decoders import VQ_PREFIX, ReleasedDecoder
 from aromni_jax.convert.sources import Tensors
 from aromni_jax.convert.tokenizer import read_vocabulary
-from aromni_jax.training import checkpoint
+from aromni_jax.recipes import RELEASED, Recipe
 from aromni_jax.vocabulary import Vocabulary
 
 CERTIFICATE = "certificate.json"
@@ -48,7 +48,7 @@ class Sources:
   swin_norm: bool | None = None
 
 
-def convert(given: Sources, out: str | pathlib.Path, *, recipe: str = "released") -> dict:
+def convert(given: Sources, out: str | pathlib.Path, *, recipe: Recipe = RELEASED) -> dict:
   """Writes the model directory `out` and returns its certificate.
 
   Everything is checked before the first byte is written. The directory appears once it is whole;
@@ -57,7 +57,7 @@ def convert(given: Sources, out: str | pathlib.Path, *, recipe: str = "released"
   Args:
     given: released files.
     out: must not exist, or be empty.
-    recipe: prompt family of the model.
+    recipe: prompts and rules of decoding.
 
   Raises:
     FileNotFoundError, ValueError, ImportError: for wrong input, see `decoders`, `codecs`,
@@ -84,7 +84,7 @@ def convert(given: Sources, out: str | pathlib.Path, *, recipe: str = "released"
   certificate = {
     "aromni_jax": __version__,
     "layout": decoder.layout,
-    "recipe": recipe,
+    "recipe": recipe.name,
     "decoder": dataclasses.asdict(decoder.config),
     "vocabulary": {
       "ids": vocabulary.size,
@@ -105,7 +105,7 @@ def convert(given: Sources, out: str | pathlib.Path, *, recipe: str = "released"
       "Converting a decoder of layout %s, %d tensors, %.2f GB.",
       *(decoder.layout, len(mapping), total / 1e9),
     )
-    checkpoint.save_streamed(partial / "decoder", params, progress(total))
+    storage.save_streamed(partial / "decoder", params, progress(total))
     model_dir.note_decoder(partial, decoder.config)
     logging.info("Computing logits of a fixed prompt, layer by layer.")
     prompt = logits_lib.fixed_prompt(vocabulary.size)
@@ -167,7 +167,7 @@ def _convert_codecs(
   if file is not None:
     table = codecs.perception_table(file, image)
     if table is not None:
-      checkpoint.save_params(partial / "perception", {"table": table})
+      storage.save_params(partial / "perception", {"table": table})
     certificate["perception"] = "the codebook" if table is None else "another table, kept"
     files.add(file)
   return files

@@ -17,7 +17,7 @@ from aromni_jax.convert import decoder_names
 from aromni_jax.convert.decoders import ReleasedDecoder
 from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.models.config import DecoderConfig
-from aromni_jax.training.checkpoint import StoredArrays
+from aromni_jax.storage import StoredArrays
 
 _PROMPT_LENGTH = 16
 _COLUMNS = 8192  # of the head that are read at once

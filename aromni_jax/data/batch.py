@@ -19,7 +19,7 @@ class Batch:
     loss_weights: float32, 0 at the last position of a segment and on padding.
     positions: int32, 0, 1, ... inside each segment.
     segment_ids: int32, 1, 2, ... for the samples of a row; 0 = padding.
-    task_ids: int32, index into `vocabulary.TASKS` of the sample at each position.
+    task_ids: int32, `Task.id` of the sample at each position.
   """
 
   tokens: Array

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from aromni_jax.prompts import Sample
+from aromni_jax.sample import Sample
 from aromni_jax.vocabulary import Vocabulary
 
 # Tasks whose response is text about another modality, up-weighted by the paper's weighted

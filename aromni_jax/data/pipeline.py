@@ -17,10 +17,14 @@ from aromni_jax.data.batch import Batch
 from aromni_jax.data.loss_weights import LossWeightConfig, loss_weights
 from aromni_jax.data.packing import PackedOrder
 from aromni_jax.data.token_shards import TokenShards
-from aromni_jax.prompts import OUTPUTS, without_prompt
-from aromni_jax.vocabulary import TASKS, Vocabulary, task_id
+from aromni_jax.sample import without_prompt
+from aromni_jax.tasks import get_task
+from aromni_jax.vocabulary import Vocabulary
 
 _ENDLESS = 2**40  # rows; Grain asks for a length
+# The random stream of an epoch's order; every group of samples has another. There were nine tasks
+# when the first runs began, and it stays nine, so that a seed's order stays.
+_EPOCH = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +75,7 @@ class DataConfig:
       if not 0 <= getattr(self, field) < 1:
         raise ValueError(f"data.{field} is {getattr(self, field)}; it must be a share, 0 <= x < 1")
     for task, weight in self.mixture.items():
-      task_id(task)
+      get_task(task)
       if weight < 0:
         raise ValueError(f"data.mixture.{task} is {weight}; weights must be >= 0")
 
@@ -112,7 +116,7 @@ class RowPlan:
     if not mixture:
       everything = _numbers(fits)
       return [(everything, len(everything))]
-    pools = {task: _numbers(fits & (tasks == task_id(task))) for task in mixture}
+    pools = {task: _numbers(fits & (tasks == get_task(task).id)) for task in mixture}
     pools = {task: pool for task, pool in pools.items() if len(pool)}
     share = {
       task: mixture[task]
@@ -137,10 +141,11 @@ class RowPlan:
       at, stop = number * count, (number + 1) * count
       while at < stop:  # continues through shuffled passes of the group
         turn, begin = divmod(at, len(pool))
-        order = np.random.default_rng([seed, group, turn]).permutation(pool)
+        stream = group + (group >= _EPOCH)
+        order = np.random.default_rng([seed, stream, turn]).permutation(pool)
         chosen.append(order[begin : begin + stop - at])
         at += len(chosen[-1])
-    rng = np.random.default_rng([seed, len(TASKS), number])
+    rng = np.random.default_rng([seed, _EPOCH, number])
     order = np.concatenate(chosen)
     rng.shuffle(order)
     config = self.config
@@ -195,7 +200,7 @@ class PackedRows:
     at = 0
     for segment, record in enumerate(self.plan.row(number), 1):
       sample = self.shards[record]
-      if rng.random() < self.config.drop_prompt and OUTPUTS[sample.task] == ("image",):
+      if rng.random() < self.config.drop_prompt and get_task(sample.task).only_draws:
         sample = without_prompt(sample)
       n = len(sample.tokens)
       span = slice(at, at + n)
@@ -208,7 +213,7 @@ class PackedRows:
       out["loss_weights"][span] = loss_weights(sample, self.vocabulary, self.config.loss_weights)
       out["positions"][span] = np.arange(n)
       out["segment_ids"][span] = segment
-      out["task_ids"][span] = task_id(sample.task)
+      out["task_ids"][span] = get_task(sample.task).id
       at += n
     return out
 

@@ -20,8 +20,9 @@ import tensorflow_datasets as tfds
 from absl import logging
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from aromni_jax.prompts import Sample
-from aromni_jax.vocabulary import TASKS, Vocabulary, task_id
+from aromni_jax.sample import Sample
+from aromni_jax.tasks import get_task, task_name
+from aromni_jax.vocabulary import Vocabulary
 
 _MANIFEST = "manifest.json"
 _VERSION = "1.1.0"
@@ -64,7 +65,7 @@ class TokenSamples(tfds.core.GeneratorBasedBuilder):
         f"{sample.task}/{sample.key}",
         {
           "tokens": sample.tokens,
-          "task": task_id(sample.task),
+          "task": get_task(sample.task).id,
           "response_start": sample.response_start,
           "response_spans": one if spans is None else np.asarray(spans, np.int32).ravel(),
           "key": sample.key,
@@ -121,8 +122,8 @@ def write(
       "samples": len(lengths),
       "tokens": int(lengths.sum()),
       "longest": int(lengths.max()),
-      "samples_of_task": {TASKS[t]: counts[t] for t in sorted(counts)},
-      "tokens_of_task": {TASKS[t]: int(lengths[tasks == t].sum()) for t in sorted(counts)},
+      "samples_of_task": {task_name(t): counts[t] for t in sorted(counts)},
+      "tokens_of_task": {task_name(t): int(lengths[tasks == t].sum()) for t in sorted(counts)},
     }
   for name, file in (files or {}).items():
     shutil.copyfile(file, partial / name)
@@ -185,12 +186,12 @@ class TokenShards:
         raise ValueError(
           f"{directory} does not say which {name} its tokens are of, but the model has "
           f"{fingerprint}; shards that were imported without a model cannot be checked: import "
-          "them again with --model (python -m data_pipelines.import_aromni)"
+          "them again with --model (aromni import_aromni)"
         )
       if found != fingerprint:
         raise ValueError(
           f"{directory} was made with {name} {found}, but the model has {fingerprint}; "
-          "tokenise again with this model's files (python -m data_pipelines.tokenize)"
+          "tokenise again with this model's files (aromni tokenize)"
         )
     index = np.load(self.directory / f"{split}.npz")
     self.lengths, self.tasks = index["length"], index["task"]
@@ -224,7 +225,7 @@ class TokenShards:
     spans = np.asarray(record.get("response_spans", ()), np.int32).reshape(-1, 2)
     return Sample(
       tokens,
-      TASKS[record["task"]],
+      task_name(int(record["task"])),
       int(record["response_start"]),
       record["key"].decode(),
       spans if len(spans) else None,
@@ -239,8 +240,7 @@ def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
   path = pathlib.Path(directory) / _MANIFEST
   if not path.is_file():
     raise FileNotFoundError(
-      f"{directory} holds no token shards (no {_MANIFEST}); make them with "
-      "python -m data_pipelines.tokenize"
+      f"{directory} holds no token shards (no {_MANIFEST}); make them with aromni tokenize"
     )
   return json.loads(path.read_text())
 

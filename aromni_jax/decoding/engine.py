@@ -21,17 +21,17 @@ from flax import nnx
 
 from aromni_jax.decoding import sampling
 from aromni_jax.decoding.released import compile_released
-from aromni_jax.decoding.sampling import Sampler
 from aromni_jax.decoding.state_machine import CLASSES, StateMachine, compile_machine
 from aromni_jax.models.decoder import Cache, Decoder, init_cache, unroll
-from aromni_jax.prompts import check_recipe
-from aromni_jax.vocabulary import Vocabulary, task_id
+from aromni_jax.recipes import PAPER, Recipe, Sampler
+from aromni_jax.tasks import get_task
+from aromni_jax.vocabulary import Vocabulary
 
 Array = jax.Array
 
 _SHORTEST_BUCKET = 32
 _FIRST_ROOM = 128  # new positions of the first cache; further ones have the next bucket's length
-_MACHINES = {"paper": compile_machine, "released": compile_released}
+_RULES = {"grammar": compile_machine, "selector": compile_released}
 _PICTURES = ("bos", "boi", "eoi", "image")  # what the twin with all pictures keeps
 
 
@@ -61,9 +61,8 @@ class Engine:
   Args:
     decoder: the model; its layers' parameters are copied.
     vocabulary: its id space.
-    recipe: "paper", a grammar of responses, or "released", the rules of AR-Omni's code.
-    samplers: how ids are drawn; greedy by default. Paper: in "text", "speech" and "image" spans;
-      released: "greedy" and "sampled" in the text phase, and "image".
+    recipe: whose rules of decoding.
+    samplers: how ids are drawn, by the names of `recipe.samplers`; greedy by default.
     max_length: most positions of prompt and response together.
     consume: frees the decoder's parameters while they are copied; it cannot be used afterwards.
   """
@@ -73,14 +72,13 @@ class Engine:
     decoder: Decoder,
     vocabulary: Vocabulary,
     *,
-    recipe: str = "paper",
+    recipe: Recipe = PAPER,
     samplers: Mapping[str, Sampler] | None = None,
     max_length: int = 4096,
     consume: bool = False,
   ):
-    check_recipe(recipe)
     self.vocabulary, self.max_length = vocabulary, max_length
-    self.machine: StateMachine = _MACHINES[recipe](vocabulary)
+    self.machine: StateMachine = _RULES[recipe.rules](vocabulary)
     samplers, names = dict(samplers or {}), self.machine.samplers
     if unknown := set(samplers) - set(names[:3]):
       raise ValueError(f"no sampler is called {sorted(unknown)}; expected {names[:3]}")
@@ -182,7 +180,7 @@ class Engine:
 
   def _with_twins(self, prompts: Sequence[np.ndarray], tasks: Sequence[str]) -> list[np.ndarray]:
     """Returns the prompts, then what their twins hold of them."""
-    pictures = [self.machine.pictures[task_id(task)] for task in tasks]
+    pictures = [self.machine.pictures[get_task(task).id] for task in tasks]
     if not (self._guided and any(pictures)):
       return list(prompts)
     kept = [prompt[self._kept[prompt]] for prompt in prompts]

@@ -1,4 +1,4 @@
-"""The decoding rules of AR-Omni's released code as a table (recipe="released").
+"""The decoding rules of AR-Omni's released code as a table (recipe `RELEASED`).
 
 The released code has no grammar. In the text phase every id but the picture codes may come, speech
 and its marks among them, and a selector looks at the last id alone: after `instruction` or `boa`
@@ -15,8 +15,8 @@ an assertion, and a picture must fit into what is left of the row's budget, not 
 import numpy as np
 
 from aromni_jax.decoding.state_machine import CLASSES, MANY, NEVER, StateMachine, classes_of
-from aromni_jax.prompts import OUTPUTS
-from aromni_jax.vocabulary import TASKS, Vocabulary
+from aromni_jax.tasks import TASKS
+from aromni_jax.vocabulary import Vocabulary
 
 # What a state's token is drawn with; ids that the rules alone decide are "special".
 SAMPLERS = ("greedy", "sampled", "image", "special")
@@ -31,10 +31,10 @@ def compile_released(vocabulary: Vocabulary) -> StateMachine:
   chat = table.text(first="sampled", pictures=True)
   drawing = np.full(len(CLASSES) + 1, table.picture_alone())
   start, pictures = [], []
-  for task in TASKS:
-    talks = OUTPUTS[task] != ("image",)
-    pictures.append((MANY if talks else 1) if "image" in OUTPUTS[task] else 0)
-    start.append((chat if "image" in OUTPUTS[task] else answer) if talks else drawing)
+  for task in TASKS.values():
+    draws = "image" in task.outputs
+    pictures.append((1 if task.only_draws else MANY) if draws else 0)
+    start.append(drawing if task.only_draws else chat if draws else answer)
   return StateMachine(
     class_of=classes_of(vocabulary),
     next_state=np.array(table.next_state, np.int32),

@@ -1,47 +1,11 @@
 """Samplers: logits -> ids, per row, in float32. All functions are pure and run inside jit."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
 
 _BANNED = -1e30
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-  """How ids are drawn in one kind of span.
-
-  Attributes:
-    temperature: 0 takes the likeliest id.
-    top_p: share of the probability mass that is kept, the likeliest ids first.
-    repetition_penalty: ids that stand in the sequence already become less likely (Keskar et al.
-      2019); 1 is off.
-    guidance: pictures only: how far the logits move away from those without a prompt (Ho and
-      Salimans 2022); 1 is off.
-    image_guidance: pictures only: the share of that move which the pictures so far cause, where
-      `guidance` is the share of all else; None is as much as `guidance`.
-  """
-
-  temperature: float = 0.0
-  top_p: float = 1.0
-  repetition_penalty: float = 1.0
-  guidance: float = 1.0
-  image_guidance: float | None = None
-
-  def __post_init__(self):
-    if self.temperature < 0:
-      raise ValueError(f"temperature is {self.temperature}; it must be >= 0")
-    if not 0 < self.top_p <= 1:
-      raise ValueError(f"top_p is {self.top_p}; it must be in (0, 1]")
-    if self.repetition_penalty <= 0:
-      raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be > 0")
-    if self.guidance < 0:
-      raise ValueError(f"guidance is {self.guidance}; it must be >= 0")
-    if self.image_guidance is not None and self.image_guidance < 0:
-      raise ValueError(f"image_guidance is {self.image_guidance}; it must be >= 0")
 
 
 def guide(logits: Array, guidance: Array, image_guidance: Array) -> Array:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aromni_jax.prompts import OUTPUTS
-from aromni_jax.vocabulary import SPECIAL_NAMES, TASKS, Vocabulary, task_id
+from aromni_jax.tasks import TASKS, Task, get_task
+from aromni_jax.vocabulary import SPECIAL_NAMES, Vocabulary
 
 Array = jax.Array
 
@@ -63,11 +63,11 @@ class StateMachine:
     Raises:
       ValueError: for an unknown task.
     """
-    return self.start[[task_id(task) for task in tasks], self.class_of[list(last_ids)]]
+    return self.start[[get_task(task).id for task in tasks], self.class_of[list(last_ids)]]
 
   def shortest(self, task: str) -> int:
     """Returns the fewest tokens of a whole response, closing ids included."""
-    return int(self.cost[self.start[task_id(task), -1]].min())
+    return int(self.cost[self.start[get_task(task).id, -1]].min())
 
   def allowed(self, states: Array, remaining: Array) -> Array:
     """Returns bool[B, V], the ids that may come next; at least one in every row.
@@ -87,7 +87,7 @@ class StateMachine:
 def compile_machine(vocabulary: Vocabulary) -> StateMachine:
   """Returns the grammar of all tasks; the released rules are in `released.py`."""
   table = _Table(vocabulary.image_length)
-  start = [table.chain(_response(task)) for task in TASKS]
+  start = [table.chain(_response(task)) for task in TASKS.values()]
   next_state = np.zeros((len(table.moves), len(CLASSES) + 1), np.int32)
   cost = np.full(next_state.shape, NEVER, np.int32)
   for state, moves in enumerate(table.moves):
@@ -102,7 +102,7 @@ def compile_machine(vocabulary: Vocabulary) -> StateMachine:
     sampler=np.array([SAMPLERS.index(s) for s in table.sampler], np.int32),
     picture_length=np.array(table.picture_length, np.int32),
     start=np.tile(np.array(start, np.int32)[:, None], len(CLASSES) + 1),
-    pictures=np.array([OUTPUTS[task].count("image") for task in TASKS], np.int32),
+    pictures=np.array([t.outputs.count("image") for t in TASKS.values()], np.int32),
     done=table.done,
   )
 
@@ -118,10 +118,10 @@ def classes_of(vocabulary: Vocabulary) -> np.ndarray:
   return out
 
 
-def _response(task: str) -> tuple[str, ...]:
+def _response(task: Task) -> tuple[str, ...]:
   """Returns the spans and special ids of a task's response, without the closing `eom eos`."""
-  transcript = ("instruction", "text", "response") if task == "dialogue" else ()
-  return transcript + OUTPUTS[task]
+  transcript = ("instruction", "text", "response") if task.chats else ()
+  return transcript + task.outputs
 
 
 class _Table:

@@ -1,6 +1,6 @@
 """Samples at fixed prompts while a model trains: pictures, sound and text for TensorBoard."""
 
-from aromni_jax.model_dir import Model
+from aromni_jax.model import Model
 from aromni_jax.pictotalk import world
 from aromni_jax.serving.requests import Request, generate_batch
 from aromni_jax.training.writer import Writer

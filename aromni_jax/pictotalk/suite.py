@@ -6,7 +6,6 @@ say of the originals and of the codecs' reconstructions.
 
 import collections
 import dataclasses
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,16 +15,17 @@ from absl import logging
 from PIL import Image
 
 from aromni_jax import model_dir
-from aromni_jax.codecs import audio, image_vq
-from aromni_jax.decoding.sampling import Sampler
+from aromni_jax.codecs import audio, batching, image_vq
+from aromni_jax.codecs.registry import CODECS
 from aromni_jax.evaluation.metrics.captions import caption_scores
 from aromni_jax.evaluation.metrics.wer import NORMALISER, error_rates
-from aromni_jax.model_dir import Model
-from aromni_jax.pictotalk import world
+from aromni_jax.model import Model
+from aromni_jax.pictotalk import records, world
 from aromni_jax.pictotalk.scene_reader import read_scene, scene_scores
 from aromni_jax.pictotalk.speech_recogniser import SAMPLE_RATE, recognise
 from aromni_jax.pictotalk.world import Caption
-from aromni_jax.serving.requests import SAMPLERS, Request, Response, generate_batch
+from aromni_jax.recipes import Sampler
+from aromni_jax.serving.requests import Request, Response, generate_batch
 
 VOICES = ("f2", "f5", "m2")  # heard in training
 REPLY_VOICES = ("f2", "f5")  # spoken in training
@@ -71,21 +71,15 @@ def load_items(data_dir: str, config: str, split: str, limit: int = 0) -> list[I
   Raises:
     FileNotFoundError: if the set or the split is not there.
   """
-  import tensorflow_datasets as tfds
-
-  folder = os.path.join(data_dir, "picto_talk", config, "1.0.0")
-  if not os.path.isdir(folder):
-    raise FileNotFoundError(
-      f"{folder} does not exist; make it with python -m data_pipelines.build_pictotalk "
-      f"--data_dir={data_dir} --config={config}"
-    )
-  builder = tfds.builder_from_directory(folder)
+  builder = records.open_set(data_dir, config)
   if split not in builder.info.splits:
-    raise FileNotFoundError(f"{folder} has no split {split!r}; it has {list(builder.info.splits)}")
+    raise FileNotFoundError(
+      f"PictoTalk {config} in {data_dir} has no split {split!r}; it has {list(builder.info.splits)}"
+    )
   source = builder.as_data_source(split)
-  records = sorted((source[i] for i in range(len(source))), key=lambda r: r["key"])
-  if limit and limit < len(records):
-    records = [records[i] for i in _some(len(records), limit)]
+  found = sorted((source[i] for i in range(len(source))), key=lambda r: r["key"])
+  if limit and limit < len(found):
+    found = [found[i] for i in _some(len(found), limit)]
   voices = (*VOICES, UNSEEN_VOICE)
   return [
     Item(
@@ -93,7 +87,7 @@ def load_items(data_dir: str, config: str, split: str, limit: int = 0) -> list[I
       r["image"][0],
       {v: r[f"speech_{v}"].astype(np.float32) / 32768 for v in voices},
     )
-    for r in records
+    for r in found
   ]
 
 
@@ -215,16 +209,16 @@ class _Referees:
     captions = [item.caption for item in items]
     out = {}
     pictures = np.stack([item.image for item in items])
-    codes = model_dir.encode_images(self.model.image_codec, pictures)
-    rebuilt = model_dir.decode_images(self.model.image_codec, codes)
+    codes = batching.encode_images(self.model.image_codec, pictures)
+    rebuilt = batching.decode_images(self.model.image_codec, codes)
     for name, seen in (("original", pictures), ("codec", rebuilt)):
       out[f"image/{name}"] = scene_scores(captions, [self.read("image", p) for p in seen])
     out["image/codec"]["psnr"] = image_vq.psnr(rebuilt, pictures)
     texts = [caption.text for caption in captions]
     for voice in REPLY_VOICES:
       clips = [audio.resample(item.speech[voice], SAMPLE_RATE, self.rate) for item in items]
-      codes = model_dir.encode_speech(self.model.speech_codec, clips)
-      rebuilt = model_dir.decode_speech(self.model.speech_codec, codes)
+      codes = batching.encode_speech(self.model.speech_codec, clips)
+      rebuilt = batching.decode_speech(self.model.speech_codec, codes)
       for name, heard in (("original", clips), ("codec", rebuilt)):
         scores = text_scores(texts, [self.read("speech", x) for x in heard])
         out[f"speech/{voice}/{name}"] = scores
@@ -233,10 +227,10 @@ class _Referees:
 
 def describe(model: Model) -> dict[str, Any]:
   """Returns what the figures depend on besides the data and the seed."""
-  samplers = SAMPLERS[model.recipe]
+  samplers = model.recipe.samplers
   return {
     "model": "shipped" if model.path == model_dir.SHIPPED else str(model.path),
-    "codecs": {name: model.fingerprints[name] for name in model_dir.CODECS},
+    "codecs": {name: model.fingerprints[name] for name in CODECS},
     "parameters": model.decoder.config.num_params(),
     "samplers": {name: dataclasses.asdict(sampler) for name, sampler in samplers.items()},
     "normaliser": NORMALISER,
@@ -287,13 +281,13 @@ def write_examples(
       entry[name] = f"{folder.name}/{path.name}"
 
     voice = REPLY_VOICES[0]
-    codes = model_dir.encode_images(model.image_codec, item.image[None], batch_size=1)
+    codes = batching.encode_images(model.image_codec, item.image[None], batch_size=1)
     keep("original_image", item.image)
-    keep("codec_image", model_dir.decode_images(model.image_codec, codes, batch_size=1)[0])
+    keep("codec_image", batching.decode_images(model.image_codec, codes, batch_size=1)[0])
     clip = audio.resample(item.speech[voice], SAMPLE_RATE, rate)
-    codes = model_dir.encode_speech(model.speech_codec, [clip], batch_size=1)
+    codes = batching.encode_speech(model.speech_codec, [clip], batch_size=1)
     keep("original_speech", clip)
-    keep("codec_speech", model_dir.decode_speech(model.speech_codec, codes, batch_size=1)[0])
+    keep("codec_speech", batching.decode_speech(model.speech_codec, codes, batch_size=1)[0])
     for task, part in (
       *(("text_to_image", "image"), ("speech_to_image", "image"), ("image_caption", "text")),
       *(("text_to_speech", "speech"), ("image_to_speech", "speech")),

@@ -11,8 +11,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from aromni_jax import model_dir
-from aromni_jax.codecs import image_vq, training
+from aromni_jax.codecs import batching, image_vq, training
 from aromni_jax.pictotalk.twin_scenes import TwinScenes
 
 Array = jax.Array
@@ -101,8 +100,8 @@ def exchange(z: Array, batch: dict[str, Array]) -> Array:
 
 def reconstruct(codec: image_vq.ImageVQ, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Returns codes int32[n, h*w] of pictures uint8[n, H, W, 3], and what they decode to."""
-  codes = model_dir.encode_images(codec, pictures)
-  return codes, model_dir.decode_images(codec, codes)
+  codes = batching.encode_images(codec, pictures)
+  return codes, batching.decode_images(codec, codes)
 
 
 def make_task(

@@ -13,7 +13,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from aromni_jax.prompts import WORDINGS
+from aromni_jax.tasks import QUESTIONS
 
 RESOLUTION = 64
 COUNTS = ("one", "two", "three", "four")
@@ -167,7 +167,7 @@ def questions(caption: Caption) -> dict[str, tuple[str, str]]:
     "object": caption.object,
     "colour": caption.colour,
   }
-  asked = zip(WORDINGS["image_to_text"], answers.items(), strict=True)
+  asked = zip(QUESTIONS, answers.items(), strict=True)
   return {kind: (question, answer) for question, (kind, answer) in asked}
 
 

@@ -2,41 +2,21 @@
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from absl import logging
 from PIL import Image
 
-from aromni_jax import model_dir
-from aromni_jax.codecs import audio, image_vq
+from aromni_jax.codecs import batching
+from aromni_jax.codecs.registry import CODECS
 from aromni_jax.decoding.engine import Engine
-from aromni_jax.decoding.sampling import Sampler
-from aromni_jax.model_dir import Model
-from aromni_jax.prompts import INPUTS, OUTPUTS, Parts, make_prompt, read_response
-
-# How ids are drawn by default, by recipe. Paper: the likeliest picture is an empty background, so
-# pictures are sampled. Released: the defaults of AR-Omni's code; its text-to-picture script has an
-# image guidance of 1.32, which without a picture in the prompt changes nothing.
-SAMPLERS: dict[str, dict[str, Sampler]] = {
-  "paper": {
-    "text": Sampler(),
-    "speech": Sampler(),
-    "image": Sampler(temperature=0.2, top_p=0.9, guidance=2.5),
-  },
-  "released": {
-    "greedy": Sampler(repetition_penalty=1.2),
-    "sampled": Sampler(temperature=1.2, top_p=0.96, repetition_penalty=1.2),
-    "image": Sampler(temperature=1.0, top_p=0.96, guidance=3.07, image_guidance=1.15),
-  },
-}
-
-# Budget of a response in ids, by what it consists of; a picture's is exact.
-_BUDGET = {"text": 64, "speech": 200}
-# The released budgets: the context of prompt and response, that of speech_to_text, and the length
-# of other responses.
-CONTEXT, _RELEASED_TRANSCRIPT, _RELEASED_BUDGET = 4096, 1024, {"text": 128, "speech": 1024}
+from aromni_jax.model import Model
+from aromni_jax.prompts import make_prompt, read_response
+from aromni_jax.recipes import CONTEXT, Recipe, Sampler
+from aromni_jax.sample import Parts
+from aromni_jax.serving.media import encode_clips, encode_pictures
+from aromni_jax.tasks import get_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +61,11 @@ def make_prompts(model: Model, requests: Sequence[Request]) -> list[np.ndarray]:
     FileNotFoundError, ValueError: for pictures and sounds that cannot be read.
   """
   for request in requests:
-    if request.task not in INPUTS:
-      raise ValueError(f"task {request.task!r} does not exist; expected one of {', '.join(INPUTS)}")
+    inputs = get_task(request.task).inputs
     given = {n for n in ("text", "image", "speech") if getattr(request, n) is not None}
-    if given != set(INPUTS[request.task]):
+    if given != set(inputs):
       raise ValueError(
-        f"task {request.task} takes {' and '.join(INPUTS[request.task])}; "
+        f"task {request.task} takes {' and '.join(inputs)}; "
         f"got {' and '.join(sorted(given)) or 'nothing'}"
       )
   images = _encode(requests, "image", lambda x: encode_pictures(model, x))
@@ -117,11 +96,11 @@ def generate_batch(
   """Returns the responses in the order of the requests.
 
   Args:
-    model: what `model_dir.load_model` returns, with a decoder.
+    model: what `model.load_model` returns, with a decoder.
     requests: of any tasks.
     seed: randomness of the samplers.
     batch_size: requests at a time.
-    samplers: name -> sampler; `SAMPLERS[model.recipe]` if None.
+    samplers: name -> sampler; the recipe's if None.
     engine: what `make_engine` returned, with its samplers; a new one if None.
     max_new_tokens: budget of a response; by default what its parts usually need, or what the
       released code has.
@@ -155,15 +134,14 @@ def generate_batch(
 
 def check_codecs(model: Model, task: str) -> None:
   """Raises ValueError if the model lacks a codec that a task needs, before anything is computed."""
-  inputs, outputs = INPUTS.get(task, ()), OUTPUTS.get(task, ())
-  if "speech" in inputs + outputs:
-    model.needed("speech_codec")
-  if "image" in inputs + outputs:
-    codec = model.needed("image_codec")
-    if "image" in outputs and not codec.config.has_decoder:
-      raise ValueError(
-        f"{model.path} has no pixel decoder, and {task} draws; convert with --vqgan=vqgan.ckpt"
-      )
+  entry = get_task(task)
+  for kind in CODECS.values():
+    if kind.modality in entry.inputs + entry.outputs:
+      codec = model.needed(kind.name)
+      if kind.modality in entry.outputs and not getattr(codec.config, "has_decoder", True):
+        raise ValueError(
+          f"{model.path} has no pixel decoder, and {task} draws; convert with --vqgan=vqgan.ckpt"
+        )
 
 
 def make_engine(
@@ -173,7 +151,7 @@ def make_engine(
 
   Args:
     model: with a decoder.
-    samplers: name -> sampler; `SAMPLERS[model.recipe]` if None.
+    samplers: name -> sampler; the recipe's if None.
     consume: gives the decoder's memory to the engine; `model.decoder` cannot be used afterwards.
 
   Raises:
@@ -185,14 +163,14 @@ def make_engine(
     model.decoder,
     model.vocabulary,
     recipe=model.recipe,
-    samplers=SAMPLERS[model.recipe] if samplers is None else samplers,
+    samplers=model.recipe.samplers if samplers is None else samplers,
     max_length=CONTEXT,
     consume=consume,
   )
 
 
 def choose_samplers(
-  recipe: str,
+  recipe: Recipe,
   *,
   temperature: float | None = None,
   top_p: float | None = None,
@@ -206,7 +184,7 @@ def choose_samplers(
   penalty of all but the pictures', guidance of pictures alone.
   """
   out = {}
-  for name, sampler in SAMPLERS[recipe].items():
+  for name, sampler in recipe.samplers.items():
     changes = {} if name == "greedy" else {"temperature": temperature, "top_p": top_p}
     if name == "image":
       changes |= {"guidance": guidance, "image_guidance": image_guidance}
@@ -220,10 +198,7 @@ def choose_samplers(
 def response_budget(
   model: Model, task: str, prompt_length: int, max_new_tokens: int | None = None
 ) -> int:
-  """Returns the most ids of a response.
-
-  Released: `min(max_seq_len, prompt + max_gen_len) - prompt`. `max_new_tokens` is the max_gen_len;
-  it counts all ids of a response, where the released code begins anew after each picture.
+  """Returns the most ids of a response, see `Recipe.budget`.
 
   Raises:
     ValueError: if `max_new_tokens` is not positive, or the prompt leaves no room (released; the
@@ -232,25 +207,7 @@ def response_budget(
   if max_new_tokens is not None and max_new_tokens <= 0:
     raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1, or none")
   picture = model.vocabulary.image_length + 2
-  if model.recipe == "paper":
-    parts = OUTPUTS[task] + (("text",) if task == "dialogue" else ())
-    return max_new_tokens or 4 + sum(picture if p == "image" else _BUDGET[p] for p in parts)
-  longest = CONTEXT
-  if task == "speech_to_text" and max_new_tokens is None:
-    longest = _RELEASED_TRANSCRIPT
-  if OUTPUTS[task] == ("image",):
-    budget = picture - 1  # boi and codes
-  elif task in ("dialogue", "speech_to_text"):
-    budget = max_new_tokens or longest
-  else:
-    budget = max_new_tokens or _RELEASED_BUDGET[OUTPUTS[task][0]]
-  budget = min(budget, longest - prompt_length)
-  if budget <= 0:
-    raise ValueError(
-      f"{task}: a prompt of {prompt_length} tokens leaves none of {longest} for the response; "
-      "shorten the input" + (" or set max_new_tokens" if longest < CONTEXT else "")
-    )
-  return budget
+  return model.recipe.budget(get_task(task), picture, prompt_length, max_new_tokens)
 
 
 def _decode(model: Model, outputs: list[np.ndarray]) -> list[Response]:
@@ -260,9 +217,9 @@ def _decode(model: Model, outputs: list[np.ndarray]) -> list[Response]:
   images, speech = {}, {}
   if with_image:
     codes = np.stack([parts[i].image for i in with_image])
-    images = dict(zip(with_image, model_dir.decode_images(model.image_codec, codes), strict=True))
+    images = dict(zip(with_image, batching.decode_images(model.image_codec, codes), strict=True))
   if with_speech:
-    clips = model_dir.decode_speech(model.speech_codec, [parts[i].speech for i in with_speech])
+    clips = batching.decode_speech(model.speech_codec, [parts[i].speech for i in with_speech])
     speech = dict(zip(with_speech, clips, strict=True))
   return [
     Response(p.text, images.get(i), speech.get(i), p.transcript, ids)
@@ -275,30 +232,3 @@ def _encode(requests, name: str, run) -> dict[int, np.ndarray]:
   if not members:
     return {}
   return dict(zip(members, run([getattr(requests[i], name) for i in members]), strict=True))
-
-
-def encode_pictures(model: Model, images: list) -> np.ndarray:
-  """Returns int32[n, image_length] codes of paths, PIL pictures or uint8[H, W, 3]."""
-  pictures = [Image.fromarray(x) if isinstance(x, np.ndarray) else x for x in images]
-  resolution = model.needed("image_codec").config.resolution
-  pixels = np.stack([image_vq.preprocess(p, resolution) for p in pictures])
-  return model_dir.encode_images(model.image_codec, pixels, batch_size=min(32, len(pixels)))
-
-
-def encode_clips(model: Model, clips: list) -> list[np.ndarray]:
-  """Returns the codes, int32[m] each, of paths or of float32[n] at the codec's rate."""
-  rate = model.needed("speech_codec").config.sample_rate
-  wavs = [x if isinstance(x, np.ndarray) else audio.read_audio(x, rate) for x in clips]
-  return model_dir.encode_speech(model.speech_codec, wavs, batch_size=min(16, len(wavs)))
-
-
-def write_response(response: Response, out: pathlib.Path, sample_rate: int) -> None:
-  """Writes the parts of a response to a file of the right suffix, or all into a folder."""
-  folder = not out.suffix
-  (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
-  if response.text is not None and (folder or out.suffix == ".txt"):
-    (out / "text.txt" if folder else out).write_text(response.text + "\n")
-  if response.image is not None:
-    Image.fromarray(response.image).save(out / "image.png" if folder else out)
-  if response.speech is not None:
-    audio.write_wav(out / "speech.wav" if folder else out, response.speech, sample_rate)

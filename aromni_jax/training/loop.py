@@ -25,6 +25,7 @@ from aromni_jax import model_dir
 from aromni_jax.cluster import agreement, watch
 from aromni_jax.data.pipeline import DataConfig, TrainIterator, make_train_iterator
 from aromni_jax.evaluation.samples import write_samples
+from aromni_jax.model import load_model
 from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.models import sharding
 from aromni_jax.training import profiling
@@ -62,7 +63,7 @@ def train(
   window = profiling.parse_window(profile_steps, config.num_steps)
   agreement.agree(agreement.facts(config, pathlib.Path(config.data.shards) / "manifest.json"))
   agreement.check_workdir(workdir)
-  base = model_dir.load_model(config.base, decoder=False)
+  base = load_model(config.base, decoder=False)
   if config.model.vocab_size != base.vocabulary.size:
     raise ValueError(
       f"config.model.vocab_size is {config.model.vocab_size}, but the vocabulary of {base.path} "

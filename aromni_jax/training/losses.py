@@ -2,7 +2,7 @@
 
 Next-token prediction with token weights and perceptual alignment are those of AR-Omni (arXiv
 2601.17761, sections on weighted NTP and perceptual alignment). Paper and released code differ;
-every difference is a field of `LossConfig`, and `recipe` sets them all.
+every difference is a field of `LossConfig`, and `recipes.py` has both sides.
 """
 
 import dataclasses
@@ -52,19 +52,6 @@ class LossConfig:
     }.items():
       if getattr(self, field) not in choices:
         raise ValueError(f"loss.{field} {getattr(self, field)!r}; expected one of {choices}")
-
-
-RECIPES = {
-  "paper": LossConfig(),
-  "released": LossConfig(
-    perceptual_weight=1.0,
-    perceptual_pairing="own_position",
-    perceptual_distance="mse",
-    perceptual_tasks=("text_to_image",),
-    train_projection=False,
-    normaliser="weights",
-  ),
-}
 
 
 def token_losses(hidden: Array, head: Array, targets: Array, vocab_block: int = 0) -> Sum:

@@ -14,9 +14,10 @@ from aromni_jax.data.batch import Batch
 from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.models import sharding
 from aromni_jax.models.config import DecoderConfig
+from aromni_jax.tasks import TASKS, get_task
 from aromni_jax.training import losses
 from aromni_jax.training.losses import LossConfig
-from aromni_jax.vocabulary import MODALITIES, TASKS, Vocabulary, task_id
+from aromni_jax.vocabulary import MODALITIES, Vocabulary
 
 Array = jax.Array
 Metrics = dict[str, Array]
@@ -189,7 +190,7 @@ def perceptual_mask(batch: Batch, config: StepConfig) -> tuple[Array, Array]:
     ids, counted = batch.tokens, jnp.pad(counted[:, :-1], ((0, 0), (1, 0)))
   mask = counted & (ids >= vocabulary.image.start) & (ids < vocabulary.image.stop)
   if loss.perceptual_tasks:
-    allowed = jnp.array([task_id(task) for task in loss.perceptual_tasks])
+    allowed = jnp.array([get_task(task).id for task in loss.perceptual_tasks])
     mask &= jnp.isin(batch.task_ids, allowed)
   return ids - vocabulary.image.start, mask
 

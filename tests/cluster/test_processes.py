@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 
+from aromni_jax import storage
 from aromni_jax.cluster import agreement
 from aromni_jax.training import checkpoint
 from aromni_jax.training.config import TrainConfig, to_dataclass
@@ -25,7 +26,7 @@ from tests.training.test_loop import ROOT, command, losses, make_config, start, 
 _WORKER = """
 import os, sys, time
 from absl import app, flags
-from aromni_jax import processes, watch
+from aromni_jax.cluster import agreement, watch
 index, count, address, what, *rest = sys.argv[1:]
 index = int(index)
 def beat(watchdog, step):
@@ -282,7 +283,7 @@ def test_a_run_survives_on_other_processes_and_meshes(shards, tmp_path):
   assert ours.keys() == theirs.keys() == set(range(1, step + 3))
   for number, values in theirs.items():
     np.testing.assert_allclose(ours[number], values, rtol=2e-5, err_msg=f"step {number}")
-  params = (checkpoint.load_params(d / "model" / "decoder") for d in (many, one))
+  params = (storage.load_params(d / "model" / "decoder") for d in (many, one))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *params)
   assert attempts(many) == {1: "", 2: "preempted", 3: "finished"}
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from aromni_jax import model_dir
-from aromni_jax.codecs import seanet, speech_codec
+from aromni_jax.codecs import batching, seanet, speech_codec
 from aromni_jax.convert import speech_codec_names
 from aromni_jax.models import params as codec_params
 from tests import parity
@@ -105,13 +104,13 @@ def test_padded_rows_are_what_they_are_alone(codec):
 def test_minutes_of_sound(codec):
   """200 seconds, padded: codes as those of a piece before it ends, and sound as without padding."""
   wav = 0.3 * np.random.default_rng(0).normal(size=24_000 * 200).astype(np.float32)
-  (codes,) = model_dir.encode_speech(codec, [wav])
-  (piece,) = model_dir.encode_speech(codec, [wav[: 24_000 * 10]])
+  (codes,) = batching.encode_speech(codec, [wav])
+  (piece,) = batching.encode_speech(codec, [wav[: 24_000 * 10]])
   assert len(codes) == 8000 and len(piece) == 400
   unpadded = nnx.jit(lambda c, w: c.encode(w))(codec, wav[None, : 24_000 * 10])[0]
   np.testing.assert_array_equal(piece, unpadded)
   np.testing.assert_array_equal(codes[:395], piece[:395])  # the last five hear the mirrored end
-  (sound,) = model_dir.decode_speech(codec, [codes])
+  (sound,) = batching.decode_speech(codec, [codes])
   want = nnx.jit(lambda c, k: c.decode(k))(codec, codes[None])[0]
   np.testing.assert_allclose(sound, want, atol=1e-5)
 

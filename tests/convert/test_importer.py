@@ -16,13 +16,15 @@ import pytest
 import torch
 from flax import nnx
 
-from aromni_jax import model_dir
+from aromni_jax import model_dir, storage
+from aromni_jax.codecs import batching
 from aromni_jax.convert import decoders, exporter, logits, sources
 from aromni_jax.convert.importer import Sources, convert
+from aromni_jax.model import load_model
 from aromni_jax.models import params as codec_params
 from aromni_jax.models import sharding
 from aromni_jax.models.decoder import Decoder
-from aromni_jax.training import checkpoint
+from aromni_jax.recipes import RELEASED
 from tests import released
 
 
@@ -33,8 +35,8 @@ def copy(root, tmp_path):
 
 
 def test_the_model_directory_holds_all_parts(root, model):
-  loaded = model_dir.load_model(model)
-  assert loaded.recipe == "released" and loaded.vocabulary.name == "aromni_7b"
+  loaded = load_model(model)
+  assert loaded.recipe is RELEASED and loaded.vocabulary.name == "aromni_7b"
   assert loaded.decoder.config == released.TINY
   assert loaded.image_codec.config.grid == 32 and loaded.image_codec.config.has_decoder
   assert loaded.speech_codec.config.num_codes == 4096
@@ -42,7 +44,7 @@ def test_the_model_directory_holds_all_parts(root, model):
   ours = nnx.to_pure_dict(nnx.state(loaded.decoder))
   jax.tree.map(np.testing.assert_array_equal, released.read_all(found), ours)
   pixels = np.zeros((1, 64, 64, 3), np.float32)
-  assert model_dir.encode_images(loaded.image_codec, pixels, 1).shape == (1, 1024)
+  assert batching.encode_images(loaded.image_codec, pixels, 1).shape == (1, 1024)
 
 
 def test_the_certificate_accounts_for_every_tensor(root, model):
@@ -128,7 +130,7 @@ def test_a_model_without_codecs_says_so(root, tmp_path):
   released.write_hugging_face(tmp_path / "B", "B")
   tokenizer = root / "tokenizer/text_tokenizer.json"
   convert(Sources(tmp_path / "B", tokenizer=tokenizer), tmp_path / "out")
-  loaded = model_dir.load_model(tmp_path / "out")
+  loaded = load_model(tmp_path / "out")
   assert loaded.image_codec is None and loaded.speech_codec is None
   with pytest.raises(
     ValueError, match="has no speech_codec. Convert with --wavtokenizer=FILE.ckpt"
@@ -305,7 +307,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(root, tmp_path):
   process.wait()
   assert partial.exists() and not out.exists()
   with pytest.raises(FileNotFoundError):
-    model_dir.load_model(out)
+    load_model(out)
   done = subprocess.run([*command, f"--verify-against={root}"], capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   assert "likeliest ids equal: 1.000" in done.stderr and " %), " in done.stderr
@@ -314,9 +316,9 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(root, tmp_path):
 
 def test_the_check_against_a_source_can_fail(root, model, tmp_path):
   shutil.copytree(model, tmp_path / "m")
-  stored = checkpoint.load_params(tmp_path / "m/decoder")
+  stored = storage.load_params(tmp_path / "m/decoder")
   stored["layers"]["mlp"]["up"]["kernel"][1] *= 1.5
-  checkpoint.save_params(tmp_path / "m/decoder", stored, "bfloat16")
+  storage.save_params(tmp_path / "m/decoder", stored, "bfloat16")
   command = [sys.executable, "-m", "aromni_jax.convert", f"--model={tmp_path / 'm'}"]
   done = subprocess.run([*command, f"--verify-against={root}"], capture_output=True, text=True)
   assert done.returncode == 1 and "error: the logits of" in done.stderr
@@ -343,7 +345,7 @@ def test_wrong_flags_are_named(tmp_path, arguments, message):
 
 
 def test_pieces_are_made_one_at_a_time(tmp_path, monkeypatch):
-  monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 64)
+  monkeypatch.setattr(storage, "_CHUNK_BYTES", 64)
   log = []
 
   def piece(i):
@@ -353,17 +355,17 @@ def test_pieces_are_made_one_at_a_time(tmp_path, monkeypatch):
 
     return make
 
-  leaf = checkpoint.Streamed((5, 8, 8), np.dtype(np.float32), tuple(piece(i) for i in range(5)))
-  small = checkpoint.Streamed((4,), np.dtype(np.float32), (lambda: np.arange(4, dtype=np.float32),))
-  checkpoint.save_streamed(
+  leaf = storage.Streamed((5, 8, 8), np.dtype(np.float32), tuple(piece(i) for i in range(5)))
+  small = storage.Streamed((4,), np.dtype(np.float32), (lambda: np.arange(4, dtype=np.float32),))
+  storage.save_streamed(
     tmp_path / "p", {"a": {"b": leaf}, "c": small}, lambda n: n > 16 and log.append("written")
   )
   rounds = [list(run) for _, run in itertools.groupby(log, key=lambda x: x == "written")]
   assert [run for run in rounds if run[0] != "written"] == [[i] for i in range(5)]
-  stored = checkpoint.StoredArrays(tmp_path / "p")
+  stored = storage.StoredArrays(tmp_path / "p")
   assert (stored.read("a.b", 3) == 3).all() and stored.shapes["a.b"] == (5, 8, 8)
   np.testing.assert_array_equal(stored.read("c"), np.arange(4))
-  loaded = checkpoint.load_params(tmp_path / "p")
+  loaded = storage.load_params(tmp_path / "p")
   assert (loaded["a"]["b"][:, 0, 0] == np.arange(5)).all()
   assert codec_params.shapes(loaded) == stored.shapes
   assert dataclasses.replace(small, shape=(2, 2)).size == 4

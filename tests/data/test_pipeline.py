@@ -15,8 +15,9 @@ from aromni_jax.codecs.text import SentencePieceText
 from aromni_jax.data import packing, token_shards
 from aromni_jax.data.loss_weights import LossWeightConfig, loss_weights
 from aromni_jax.data.pipeline import DataConfig, PackedRows, RowPlan, make_train_iterator
-from aromni_jax.prompts import Sample
-from aromni_jax.vocabulary import IMAGE, SPEECH, TASKS, get_vocabulary
+from aromni_jax.sample import Sample
+from aromni_jax.tasks import TASKS, task_name
+from aromni_jax.vocabulary import IMAGE, SPEECH, get_vocabulary
 from tests.conftest import random_samples
 
 VOCABULARY = get_vocabulary("demo")
@@ -225,9 +226,9 @@ def test_mixture_weights(shards, unit):
   )
   numbers = [n for epoch in range(4) for row in plan.epoch(epoch) for n in row]
   sizes = table.lengths if unit == "tokens" else np.ones_like(table.lengths)
-  total = {t: sizes[[n for n in numbers if TASKS[table.tasks[n]] == t]].sum() for t in mixture}
+  total = {t: sizes[[n for n in numbers if task_name(table.tasks[n]) == t]].sum() for t in mixture}
   assert total["text_to_image"] / total["speech_to_text"] == pytest.approx(3.0, rel=0.15)
-  assert {TASKS[table.tasks[n]] for n in numbers} == set(mixture)
+  assert {task_name(table.tasks[n]) for n in numbers} == set(mixture)
 
 
 def test_noise_falls_on_codes_of_responses_and_spares_targets(shards):

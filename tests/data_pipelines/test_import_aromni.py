@@ -19,6 +19,7 @@ from aromni_jax.data import token_shards
 from aromni_jax.data.loss_weights import LossWeightConfig, loss_weights
 from aromni_jax.data.pipeline import DataConfig, make_train_iterator
 from aromni_jax.data.token_shards import TokenShards
+from aromni_jax.model import load_model
 from aromni_jax.vocabulary import get_vocabulary
 from tests.conftest import random_samples
 
@@ -441,7 +442,7 @@ def test_imported_shards_train_with_the_model_that_was_named(shards, tmp_path):
   assert done.returncode == 0, done.stderr
   demo, codecs = model_dir.read_identity(model_dir.SHIPPED)
   assert set(codecs) == {"image_codec", "speech_codec", "text"}
-  assert codecs == model_dir.load_model().fingerprints
+  assert codecs == load_model().fingerprints
   for split in ("train", "validation"):
     config = DataConfig(str(tmp_path / "out"), split=split, drop_prompt=0.1)
     batch = next(make_train_iterator(config, demo, batch_size=4, codecs=codecs))

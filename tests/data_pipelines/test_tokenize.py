@@ -3,15 +3,16 @@ import pytest
 from aromni_jax.data_pipelines import picto_talk
 from aromni_jax.data_pipelines.tokenize import tokenise
 
-from aromni_jax import model_dir
+from aromni_jax.codecs import batching
 from aromni_jax.data.token_shards import TokenShards
+from aromni_jax.model import load_model
 from aromni_jax.pictotalk import suite, world
 from aromni_jax.prompts import parse, read_response
 
 
 @pytest.fixture(scope="module")
 def model():
-  return model_dir.load_model()
+  return load_model()
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_codes_are_those_of_the_raw_record(tokens, data_dir, model):
     if s.task == "image_caption" and s.key == f"tiny/{text}/0"
   )
   (ids,) = [s.ids for s in parse(sample.tokens, model.vocabulary) if s.kind == "image"]
-  codes = model_dir.encode_images(model.image_codec, item.image[None], batch_size=1)[0]
+  codes = batching.encode_images(model.image_codec, item.image[None], batch_size=1)[0]
   # Codes at near ties may differ between batch sizes.
   assert np.mean(model.vocabulary.image_codes(ids) == codes) > 0.95
 
@@ -78,7 +79,7 @@ def test_two_builds_give_identical_shards(tokens, data_dir, model):
 
 
 def test_missing_raw_set_is_named(tmp_path, model):
-  with pytest.raises(FileNotFoundError, match="make it with python -m data_pipelines.build_picto"):
+  with pytest.raises(FileNotFoundError, match="make it with aromni build_pictotalk"):
     tokenise(str(tmp_path), "tiny", str(tmp_path / "out"), model)
-  with pytest.raises(FileNotFoundError, match="make it with python -m data_pipelines.build_picto"):
+  with pytest.raises(FileNotFoundError, match="make it with aromni build_pictotalk"):
     suite.load_items(str(tmp_path), "tiny", "test")

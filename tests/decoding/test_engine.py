@@ -6,9 +6,9 @@ from flax import nnx
 
 from aromni_jax.decoding import engine as engine_lib
 from aromni_jax.decoding.engine import Engine
-from aromni_jax.decoding.sampling import Sampler
 from aromni_jax.models.config import DecoderConfig
 from aromni_jax.models.decoder import Decoder
+from aromni_jax.recipes import Sampler
 from aromni_jax.vocabulary import get_vocabulary
 
 VOCABULARY = get_vocabulary("demo")

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aromni_jax.decoding.sampling import Sampler, keep_top_p, penalise_repetition, sample
+from aromni_jax.decoding.sampling import keep_top_p, penalise_repetition, sample
+from aromni_jax.recipes import Sampler
 
 
 def test_repetition_penalty_against_a_loop():

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from aromni_jax.decoding import sampling
 from aromni_jax.decoding.state_machine import compile_machine
-from aromni_jax.prompts import OUTPUTS, parse
-from aromni_jax.vocabulary import TASKS, get_vocabulary
+from aromni_jax.prompts import parse
+from aromni_jax.tasks import TASKS
+from aromni_jax.vocabulary import get_vocabulary
 
 VOCABULARY = get_vocabulary("demo")
 MACHINE = compile_machine(VOCABULARY)
@@ -35,13 +36,13 @@ def check(task, ids, budget):
   assert len(ids) <= budget and ids[-1] == VOCABULARY.eos and ids[-2] == VOCABULARY.eom
   kinds = [(s.kind, s.ids) for s in parse(ids, VOCABULARY)]
   spans = [(k, len(x)) for k, x in kinds if k != "special"]
-  wanted = (["text"] if task == "dialogue" else []) + list(OUTPUTS[task])
+  wanted = (["text"] if task == "dialogue" else []) + list(TASKS[task].outputs)
   assert [k for k, _ in spans] == wanted
   assert all(n == VOCABULARY.image_length for k, n in spans if k == "image")
   specials = [int(x[0]) for k, x in kinds if k == "special"]
   v = VOCABULARY
   want = [v.instruction, v.response] if task == "dialogue" else []
-  for part in OUTPUTS[task]:
+  for part in TASKS[task].outputs:
     want += {"image": [v.boi, v.eoi], "speech": [v.boa, v.eoa], "text": []}[part]
   assert specials == [*want, v.eom, v.eos]
 
@@ -54,9 +55,9 @@ def check(task, ids, budget):
 )
 def test_any_logits_give_output_that_parses(seed, budget, favourite):
   out = run(
-    jax.random.key(seed), MACHINE.init_states(list(OUTPUTS), [0] * len(OUTPUTS)), budget, favourite
+    jax.random.key(seed), MACHINE.init_states(list(TASKS), [0] * len(TASKS)), budget, favourite
   )
-  for task, ids in zip(OUTPUTS, np.asarray(out), strict=True):
+  for task, ids in zip(TASKS, np.asarray(out), strict=True):
     check(task, ids[ids >= 0], budget)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from aromni_jax import model_dir
-from aromni_jax.codecs import image_vq, training
+from aromni_jax.codecs import batching, image_vq, training
 from aromni_jax.pictotalk import train_image, twin_scenes, world
 
 MODEL = image_vq.ImageVQConfig(
@@ -83,7 +83,7 @@ def test_shipped_codes_name_the_objects_of_unseen_pairs():
 
   def histograms(captions):
     pictures = np.stack([world.draw_scene(c, i) for i, c in enumerate(captions)])
-    codes = model_dir.encode_images(codec, pictures)
+    codes = batching.encode_images(codec, pictures)
     objects = np.array([world.OBJECTS.index(c.object) for c in captions])
     return np.stack([np.bincount(c, minlength=codec.config.n_embed) for c in codes]), objects
 

@@ -8,11 +8,13 @@ import pytest
 import soundfile
 from PIL import Image
 
-from aromni_jax import model_dir
-from aromni_jax.codecs import audio
-from aromni_jax.prompts import Turn, make_chat_prompt
+from aromni_jax.codecs import audio, batching
+from aromni_jax.model import load_model
+from aromni_jax.prompts import make_chat_prompt
+from aromni_jax.sample import Turn
 from aromni_jax.serving import dialog
-from aromni_jax.serving.dialog import Dialog, UserTurn, answer_dialogs, read_dialogs, write_answer
+from aromni_jax.serving.dialog import answer_dialogs, write_answer
+from aromni_jax.serving.dialog_files import Dialog, UserTurn, read_dialogs
 from aromni_jax.serving.requests import Request, choose_samplers, generate_batch, make_engine
 
 TURN = {"wav_path": "a.wav"}
@@ -83,7 +85,7 @@ def test_wrong_files_are_named(tmp_path, data, message):
 
 
 def test_dialogues_are_answered_and_written(tmp_path):
-  model = model_dir.load_model()
+  model = load_model()
   (spoken,) = generate_batch(model, [Request("text_to_speech", text="two dogs on blue")])
   audio.write_wav(tmp_path / "a.wav", spoken.speech, 16000)
   Image.new("RGB", (80, 70), "red").save(tmp_path / "a.png")
@@ -123,7 +125,7 @@ def test_dialogues_are_answered_and_written(tmp_path):
 
 
 def test_silence_stands_around_the_speech_and_alpha_is_dropped(tmp_path):
-  model = model_dir.load_model()
+  model = load_model()
   config = model.speech_codec.config
   wav = np.random.default_rng(0).normal(0, 0.1, 20 * config.hop).astype(np.float32)
   audio.write_wav(tmp_path / "a.wav", wav, config.sample_rate)
@@ -145,7 +147,7 @@ def test_silence_stands_around_the_speech_and_alpha_is_dropped(tmp_path):
   said, *others = dialog._user_turns(model, turns, None, 0, 1)
   for turn, head, tail in zip(others, (3, 0, 4), (5, 0, 1), strict=True):
     ends = [
-      model_dir.encode_speech(model.speech_codec, [np.zeros(n * config.hop, np.float32)])
+      batching.encode_speech(model.speech_codec, [np.zeros(n * config.hop, np.float32)])
       if n
       else [said.speech[:0]]
       for n in (head, tail)

@@ -12,20 +12,20 @@ from aromni_jax.data_pipelines import espeak
 from flax import nnx
 from PIL import Image
 
-from aromni_jax import model_dir
 from aromni_jax.codecs import audio, image_vq
 from aromni_jax.decoding.engine import Engine
+from aromni_jax.model import load_model
 from aromni_jax.pictotalk import world
-from aromni_jax.prompts import INPUTS, OUTPUTS
+from aromni_jax.recipes import PAPER, RELEASED
+from aromni_jax.serving.media import write_response
 from aromni_jax.serving.requests import (
-  SAMPLERS,
   Request,
   choose_samplers,
   generate_batch,
   make_prompts,
   response_budget,
-  write_response,
 )
+from aromni_jax.tasks import TASKS
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXT = "two dogs on blue"  # a training caption: this is no place to measure quality
@@ -33,7 +33,7 @@ TEXT = "two dogs on blue"  # a training caption: this is no place to measure qua
 
 @pytest.fixture(scope="module")
 def model():
-  return model_dir.load_model()
+  return load_model()
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +47,15 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def responses(model, files):
-  requests = [Request(t, **{n: files[n] for n in names}) for t, names in INPUTS.items()]
-  return dict(zip(INPUTS, generate_batch(model, requests), strict=True))
+  requests = [Request(t, **{n: files[n] for n in task.inputs}) for t, task in TASKS.items()]
+  return dict(zip(TASKS, generate_batch(model, requests), strict=True))
 
 
-@pytest.mark.parametrize("task", INPUTS)
+@pytest.mark.parametrize("task", TASKS)
 def test_every_task_gives_its_parts(responses, task):
   response = responses[task]
   for part in ("text", "image", "speech"):
-    assert (getattr(response, part) is not None) == (part in OUTPUTS[task])
+    assert (getattr(response, part) is not None) == (part in TASKS[task].outputs)
   assert (response.transcript is not None) == (task == "dialogue")
   if response.image is not None:
     assert response.image.shape == (64, 64, 3) and response.image.dtype == np.uint8
@@ -137,7 +137,7 @@ def test_a_prompt_longer_than_the_cache_is_refused(model):
 
 @pytest.fixture(scope="module")
 def released(model):
-  return dataclasses.replace(model, recipe="released")
+  return dataclasses.replace(model, recipe=RELEASED)
 
 
 def test_released_budgets(released):
@@ -175,22 +175,22 @@ def test_every_row_has_its_own_budget(released, files, monkeypatch):
 
 
 def test_settings_replace_those_of_the_right_samplers():
-  assert choose_samplers("released") == SAMPLERS["released"]
+  assert choose_samplers(RELEASED) == RELEASED.samplers
   chosen = choose_samplers(
-    "released", temperature=0.5, repetition_penalty=1.0, guidance=2.0, image_guidance=3.0
+    RELEASED, temperature=0.5, repetition_penalty=1.0, guidance=2.0, image_guidance=3.0
   )
   assert [s.temperature for s in chosen.values()] == [0.0, 0.5, 0.5]
   assert [s.repetition_penalty for s in chosen.values()] == [1.0, 1.0, 1.0]
   assert [(s.guidance, s.image_guidance) for s in chosen.values()][::2] == [(1, None), (2.0, 3.0)]
-  cold = choose_samplers("paper", temperature=0.0, top_p=0.5)
+  cold = choose_samplers(PAPER, temperature=0.0, top_p=0.5)
   assert [(s.temperature, s.top_p) for s in cold.values()] == [(0.0, 0.5)] * 3
 
 
 def test_released_rules_with_a_model_that_was_trained_otherwise(released, files):
-  requests = [Request(t, **{n: files[n] for n in names}) for t, names in INPUTS.items()]
+  requests = [Request(t, **{n: files[n] for n in task.inputs}) for t, task in TASKS.items()]
   responses = generate_batch(released, requests, max_new_tokens=100)
   for request, response in zip(requests, responses, strict=True):
-    if OUTPUTS[request.task] == ("image",):
+    if TASKS[request.task].outputs == ("image",):
       assert response.image is not None and len(response.tokens) == 65
     assert 0 < len(response.tokens) <= 100
   (alone,) = generate_batch(released, requests[:1], max_new_tokens=100)

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
-from tests.test_processes import free_port
 
 from aromni_jax.training.checkpoint import Checkpoints
+from tests.cluster.test_processes import free_port
 
 # What Orbax leaves behind of a read or a write that failed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -164,8 +164,8 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize({address!r}, 2, int(sys.argv[1]))
 import numpy as np
-from aromni_jax.checkpoint import Checkpoints
-from tests.test_checkpoint import CONFIG, abstract, make_state
+from aromni_jax.training.checkpoint import Checkpoints
+from tests.training.test_checkpoint import CONFIG, abstract, make_state
 
 checkpoints = Checkpoints({workdir!r})
 for step in (1, 2):

@@ -5,6 +5,7 @@ import sys
 import pytest
 from aromni_jax.configs import base, demo, finetune_7b, pods, pretrain_7b
 
+from aromni_jax.recipes import PAPER, RECIPES, RELEASED
 from aromni_jax.training.config import TrainConfig, to_dataclass
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -17,7 +18,7 @@ def test_every_demo_config_is_whole(argument):
 
 
 @pytest.mark.parametrize("module", [pretrain_7b, finetune_7b])
-@pytest.mark.parametrize("recipe", pretrain_7b.RECIPES)
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("topology", ["", *pods.PODS])
 def test_every_7b_config_is_whole(module, recipe, topology):
   argument = f"{recipe},{topology}" if topology else recipe
@@ -27,7 +28,7 @@ def test_every_7b_config_is_whole(module, recipe, topology):
   assert blocks > 1 and rest == 0
   assert config.loss.train_projection == (recipe == "paper")
   assert config == to_dataclass(TrainConfig, module.get_config(argument).to_dict())
-  with pytest.raises(ValueError, match="7b.py:big does not exist; expected one of"):
+  with pytest.raises(ValueError, match="7b:big does not exist; expected one of"):
     module.get_config("big")
 
 
@@ -42,7 +43,12 @@ def test_pretraining_has_the_papers_tokens_on_every_machine():
 def test_the_base_config_is_the_paper_and_released_switches_all():
   config = to_dataclass(TrainConfig, base.get_config().to_dict())
   assert config.loss.perceptual_weight == 0.1 and config.loss.perceptual_pairing == "predicting"
-  released = to_dataclass(TrainConfig, base.released(base.get_config()).to_dict())
+  for name, value in PAPER.training.items():
+    section, field = name.split(".")
+    assert getattr(getattr(config, section), field) == value, name
+  c = base.get_config()
+  base.apply(c, RELEASED.training)
+  released = to_dataclass(TrainConfig, c.to_dict())
   assert released.loss.perceptual_distance == "mse" and not released.loss.train_projection
 
 

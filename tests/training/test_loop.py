@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from aromni_jax.configs import demo
 
-from aromni_jax import model_dir
+from aromni_jax import model_dir, storage
 from aromni_jax.cluster import watch
+from aromni_jax.model import load_model
 from aromni_jax.serving.requests import Request, generate_batch
 from aromni_jax.training import checkpoint, loop
 from aromni_jax.training.config import TrainConfig, to_dataclass
@@ -93,7 +94,7 @@ def test_kill_and_resume_equals_an_unbroken_run(shards, unbroken, tmp_path):
   process.stderr.close()
   train(make_config(shards), tmp_path)
   assert losses(tmp_path) == losses(unbroken)  # losses, batches and gradients, bit for bit
-  ours, theirs = (checkpoint.load_params(p / "model" / "decoder") for p in (tmp_path, unbroken))
+  ours, theirs = (storage.load_params(p / "model" / "decoder") for p in (tmp_path, unbroken))
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
@@ -121,9 +122,9 @@ def test_sigterm_saves_and_leaves(shards, unbroken, tmp_path, monkeypatch, caplo
 
 
 def test_trained_model_directory_is_whole(shards, unbroken):
-  model = model_dir.load_model(unbroken / "model")
+  model = load_model(unbroken / "model")
   assert model.decoder.config.num_layers == 2
-  assert model.fingerprints == model_dir.load_model().fingerprints
+  assert model.fingerprints == load_model().fingerprints
   lines = [json.loads(x) for x in (unbroken / "metrics.jsonl").read_text().splitlines()]
   assert lines[-1]["validation/loss"] > 0 and lines[-1]["step"] == 8
   assert {"tokens_per_second", "modality/speech", "loss/perceptual"} <= lines[0].keys()

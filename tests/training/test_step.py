@@ -12,10 +12,11 @@ from aromni_jax.data.pipeline import DataConfig, make_train_iterator
 from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.models import sharding
 from aromni_jax.models.config import DecoderConfig
+from aromni_jax.tasks import TASKS
 from aromni_jax.training import step as step_lib
 from aromni_jax.training.losses import LossConfig, token_losses
 from aromni_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from aromni_jax.vocabulary import TASKS, get_vocabulary
+from aromni_jax.vocabulary import get_vocabulary
 
 VOCABULARY = get_vocabulary("demo")
 MODEL = DecoderConfig(
