@@ -45,7 +45,11 @@ EXTRAS = {
   "hf": ["torch>=2.6", "transformers>=5"],
   # AR-Omni's instruction data.
   "parquet": ["pyarrow>=18"],
-  "dev": ["hypothesis>=6", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "pre-commit>=4"],
+  # setuptools: tests build the wheel without a network.
+  "dev": [
+    *("hypothesis>=6", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "pre-commit>=4"),
+    "setuptools>=70.1",
+  ],
 }
 
 # Stand at the top of the repository, and are installed inside the package.

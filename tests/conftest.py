@@ -1,5 +1,6 @@
 """Every test runs on 8 simulated CPU devices; this must happen before anything touches a device."""
 
+import fcntl
 import os
 
 # Processes that tests start, too; libtpu, which compiles for TPUs, would look for chips in each.
@@ -22,6 +23,7 @@ from aromni_jax.recipes import PAPER  # noqa: E402
 from aromni_jax.sample import Parts  # noqa: E402
 from aromni_jax.tasks import TASKS  # noqa: E402
 from aromni_jax.vocabulary import get_vocabulary  # noqa: E402
+from tests import installed as installed_lib  # noqa: E402
 
 
 def random_samples(count: int, seed: int = 0, tasks=tuple(TASKS)):
@@ -62,3 +64,14 @@ def shards(tmp_path_factory):
   splits = {"train": random_samples(360), "validation": random_samples(36, seed=1)}
   token_shards.write(out, splits, vocabulary, metadata)
   return out
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory):
+  """The wheel in an environment of its own, see tests/installed.py; `installed.aromni(...)`."""
+  base = tmp_path_factory.getbasetemp()
+  if os.environ.get("PYTEST_XDIST_WORKER"):
+    base = base.parent  # the workers of a run share one
+  with open(base / "installed.lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return installed_lib.install(base / "installed")
