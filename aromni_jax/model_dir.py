@@ -19,7 +19,6 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from aromni_jax import storage
-from aromni_jax.codecs import image_vq
 from aromni_jax.codecs.registry import CODECS
 from aromni_jax.codecs.text import SentencePieceText, TextCodec, TokenizerJsonText
 from aromni_jax.models import decoder as decoder_lib
@@ -92,21 +91,33 @@ def load_codec(directory: str | pathlib.Path, name: str) -> nnx.Module:
   info = read_info(path).get(name)
   if info is None:
     raise FileNotFoundError(f"{path} has no {name}. {CODECS[name].hint}")
-  kind = CODECS[name]
-  config = kind.config(**info["config"])
+  config_class, codec_class = CODECS[name].classes()
+  config = config_class(**info["config"])
   params = storage.load_params(path / name)
   if fingerprint(info["config"], params) != info["fingerprint"]:
     raise ValueError(f"{path / name} is damaged: it does not have the fingerprint of model.json")
-  return codec_params.from_params(lambda rngs: kind.module(config, rngs=rngs), params, name)
+  return codec_params.from_params(lambda rngs: codec_class(config, rngs=rngs), params, name)
 
 
-def perceptual_table(directory: str | pathlib.Path, codec: image_vq.ImageVQ) -> np.ndarray:
+def codebook(directory: str | pathlib.Path, name: str) -> np.ndarray:
+  """Returns float32[codes, dimensions], the vectors of a codec's codes, without loading the codec.
+
+  Raises:
+    FileNotFoundError: if the directory has no such codec.
+  """
+  path = pathlib.Path(directory)
+  if name not in read_info(path):
+    raise FileNotFoundError(f"{path} has no {name}. {CODECS[name].hint}")
+  return storage.StoredArrays(path / name).read(CODECS[name].codebook).astype(np.float32)
+
+
+def perceptual_table(directory: str | pathlib.Path) -> np.ndarray:
   """Returns float32[codes, dimensions], the image embeddings of the perceptual loss: the codebook,
   or the table that a released model came with (`DIR/perception`)."""
   path = pathlib.Path(directory) / "perception"
   if path.is_dir():
     return storage.load_params(path)["table"]
-  return np.asarray(codec.quantize.embedding[...])
+  return codebook(directory, "image_codec")
 
 
 def save_decoder(directory: str | pathlib.Path, decoder: nnx.Module, dtype: str) -> None:

@@ -1,8 +1,11 @@
-"""The codecs that a model directory may have. A new kind of codec is one entry here."""
+"""The codecs that a model directory may have. A new kind of codec is one entry here.
+
+Their modules are loaded when they are asked for, so that nothing loads a codec that it has no use
+for.
+"""
 
 import dataclasses
-
-from aromni_jax.codecs import image_vq, speech_codec
+import importlib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,33 +15,47 @@ class CodecKind:
   Attributes:
     name: of the part.
     modality: of `vocabulary.MODALITIES`.
-    config, module: classes of its configuration and of itself, built as module(config, rngs=rngs).
+    module: where its classes are.
+    config_class, codec_class: names of its configuration and of itself.
+    codebook: dotted name of its codes' vectors [codes, dimensions] among its parameters.
     hint: how to get one.
   """
 
   name: str
   modality: str
-  config: type
-  module: type
+  module: str
+  config_class: str
+  codec_class: str
+  codebook: str
   hint: str
+
+  def classes(self) -> tuple[type, type]:
+    """Returns the classes of the configuration and of the codec, which is built as
+    codec_class(config, rngs=rngs)."""
+    module = importlib.import_module(self.module)
+    return getattr(module, self.config_class), getattr(module, self.codec_class)
 
 
 CODECS = {
   kind.name: kind
   for kind in (
     CodecKind(
-      "image_codec",
-      "image",
-      image_vq.ImageVQConfig,
-      image_vq.ImageVQ,
-      "Convert with --vqgan=vqgan.ckpt, or train one with aromni train_codec",
+      name="image_codec",
+      modality="image",
+      module="aromni_jax.codecs.image_vq",
+      config_class="ImageVQConfig",
+      codec_class="ImageVQ",
+      codebook="quantize.embedding",
+      hint="Convert with --vqgan=vqgan.ckpt, or train one with aromni train_codec",
     ),
     CodecKind(
-      "speech_codec",
-      "speech",
-      speech_codec.SpeechCodecConfig,
-      speech_codec.SpeechCodec,
-      "Convert with --wavtokenizer=FILE.ckpt, or train one with aromni train_codec",
+      name="speech_codec",
+      modality="speech",
+      module="aromni_jax.codecs.speech_codec",
+      config_class="SpeechCodecConfig",
+      codec_class="SpeechCodec",
+      codebook="codebook",
+      hint="Convert with --wavtokenizer=FILE.ckpt, or train one with aromni train_codec",
     ),
   )
 }
