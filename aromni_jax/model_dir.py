@@ -7,8 +7,10 @@ one the codec of a modality that its files did not have.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
+import operator
 import pathlib
 import shutil
 from typing import Any
@@ -85,30 +87,30 @@ def load_codec(directory: str | pathlib.Path, name: str) -> nnx.Module:
   """Returns a codec.
 
   Raises:
+    FileNotFoundError: if the directory has no such codec.
     ValueError: if the parameters are not those that model.json was written for.
   """
-  path = pathlib.Path(directory)
-  info = read_info(path).get(name)
-  if info is None:
-    raise FileNotFoundError(f"{path} has no {name}. {CODECS[name].hint}")
+  config, params = _stored_codec(pathlib.Path(directory), name)
   config_class, codec_class = CODECS[name].classes()
-  config = config_class(**info["config"])
-  params = storage.load_params(path / name)
-  if fingerprint(info["config"], params) != info["fingerprint"]:
-    raise ValueError(f"{path / name} is damaged: it does not have the fingerprint of model.json")
+  config = config_class(**config)
   return codec_params.from_params(lambda rngs: codec_class(config, rngs=rngs), params, name)
 
 
-def codebook(directory: str | pathlib.Path, name: str) -> np.ndarray:
-  """Returns float32[codes, dimensions], the vectors of a codec's codes, without loading the codec.
-
-  Raises:
-    FileNotFoundError: if the directory has no such codec.
-  """
-  path = pathlib.Path(directory)
-  if name not in read_info(path):
+def _stored_codec(path: pathlib.Path, name: str) -> tuple[dict[str, Any], dict]:
+  """Returns the configuration and the parameters of a codec; errors as `load_codec`."""
+  info = read_info(path).get(name)
+  if info is None:
     raise FileNotFoundError(f"{path} has no {name}. {CODECS[name].hint}")
-  return storage.StoredArrays(path / name).read(CODECS[name].codebook).astype(np.float32)
+  params = storage.load_params(path / name)
+  if fingerprint(info["config"], params) != info["fingerprint"]:
+    raise ValueError(f"{path / name} is damaged: it does not have the fingerprint of model.json")
+  return info["config"], params
+
+
+def codebook(directory: str | pathlib.Path, name: str) -> np.ndarray:
+  """Returns float32[codes, dimensions], the vectors of a codec's codes; errors as `load_codec`."""
+  _, params = _stored_codec(pathlib.Path(directory), name)
+  return functools.reduce(operator.getitem, CODECS[name].codebook.split("."), params)
 
 
 def perceptual_table(directory: str | pathlib.Path) -> np.ndarray:
