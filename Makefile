@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 NEXT_PYTHON ?= python3.13
 # Two files of tests at a time: a worker takes up to 6 GB.
 PYTEST_FLAGS ?= --numprocesses=2 --dist=loadfile
-TREE_TESTS := tests/models tests/decoding tests/test_train_step.py tests/test_inference.py
+# What `make check` leaves out, by marker (pyproject.toml).
+CHECKED := not (torch or tpu or processes or wheel or slow)
+TREE_TESTS := tests/models tests/decoding tests/serving tests/training/test_step.py
 
-.PHONY: help demo new-objects test test-next test-tree lint bench convert-7b plan-7b weights clean
+.PHONY: help demo new-objects check test test-next test-tree lint bench convert-7b plan-7b weights clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -19,9 +21,13 @@ $(VENV)/.stamp: setup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,eval]'
 	@touch $@
 
+$(VENV)/.stamp-dev: $(VENV)/.stamp
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,eval,dev,parquet]'
+	@touch $@
+
 # The suite also needs PyTorch: it reads real pickles, and compares with transformers; and libtpu:
 # it compiles a small step for TPUs.
-$(VENV)/.stamp-dev: $(VENV)/.stamp
+$(VENV)/.stamp-all: $(VENV)/.stamp-dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,eval,dev,hf,parquet,tpu]'
 	@touch $@
 
@@ -31,26 +37,29 @@ demo: $(VENV)/.stamp  ## PictoTalk from raw data to a report: about 15 minutes o
 new-objects: $(VENV)/.stamp  ## fine-tune the shipped decoder on new objects, report before and after
 	PYTHON=$(BIN)/python launch/demo.sh new_objects
 
-test: $(VENV)/.stamp-dev  ## run the suite
+check: $(VENV)/.stamp-dev  ## run what takes two minutes, without PyTorch and libtpu
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "$(CHECKED)"
+
+test: $(VENV)/.stamp-all  ## run the suite
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 test-next:  ## run the suite on a newer Python with the JAX and Flax that it resolves to
 	$(MAKE) test VENV=.venv-next PYTHON=$(NEXT_PYTHON)
 
-test-tree: $(VENV)/.stamp-dev  ## run the parts that use Flax in its coming tree mode
+test-tree: $(VENV)/.stamp-all  ## run the parts that use Flax in its coming tree mode
 	NNX_GRAPH_MODE=false $(BIN)/python -m pytest $(PYTEST_FLAGS) $(TREE_TESTS)
 
 lint: $(VENV)/.stamp-dev  ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.stamp-dev  ## benchmarks beside their peers, one JSON line each
+bench: $(VENV)/.stamp-all  ## benchmarks beside their peers, one JSON line each
 	for name in train_step decode data codecs; do $(BIN)/python -m benchmarks.$$name; done
 
-convert-7b: $(VENV)/.stamp-dev  ## convert a random 7B there and back: 45 GB of disk, about 10 minutes
+convert-7b: $(VENV)/.stamp-all  ## convert a random 7B there and back: 45 GB of disk, about 10 minutes
 	$(BIN)/python -m benchmarks.convert --verify
 
-plan-7b: $(VENV)/.stamp-dev  ## compile the 7B step for every machine, tables in docs/scale.md: an hour
+plan-7b: $(VENV)/.stamp-all  ## compile the 7B step for every machine, tables in docs/scale.md: an hour
 	$(BIN)/python -m benchmarks.scale
 
 weights: $(VENV)/.stamp  ## rebuild every shipped weight into runs/weights: about two hours

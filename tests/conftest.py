@@ -1,7 +1,9 @@
 """Every test runs on 8 simulated CPU devices; this must happen before anything touches a device."""
 
 import fcntl
+import importlib.abc
 import os
+import sys
 
 # Processes that tests start, too; libtpu, which compiles for TPUs, would look for chips in each.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -10,6 +12,24 @@ import jax  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+class _OnlyForMarked(importlib.abc.MetaPathFinder):
+  """Refuses what a test may import only if it has a marker: `make check` runs without it."""
+
+  marker_of = {"torch": "torch", "transformers": "torch", "libtpu": "tpu"}
+  markers = frozenset()  # of the test that runs
+
+  def find_spec(self, name, path=None, target=None):
+    marker = self.marker_of.get(name)
+    if marker and marker not in self.markers:
+      raise ModuleNotFoundError(
+        f"{name}: only a test with @pytest.mark.{marker} may import it", name=name
+      )
+
+
+sys.modules.pop("libtpu", None)  # JAX has looked for it; it asks again when it compiles for TPUs
+sys.meta_path.insert(0, _OnlyForMarked())
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -24,6 +44,17 @@ from aromni_jax.sample import Parts  # noqa: E402
 from aromni_jax.tasks import TASKS  # noqa: E402
 from aromni_jax.vocabulary import get_vocabulary  # noqa: E402
 from tests import installed as installed_lib  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+  for item in items:
+    if "installed" in item.fixturenames:
+      item.add_marker("wheel")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+  _OnlyForMarked.markers = {marker.name for marker in item.iter_markers()}
 
 
 def random_samples(count: int, seed: int = 0, tasks=tuple(TASKS)):

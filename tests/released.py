@@ -13,6 +13,18 @@ from aromni_jax.models.config import DecoderConfig
 from aromni_jax.models.params import put
 from tests import parity
 
+
+class _Torch:
+  """PyTorch, imported when it is first used: only some tests have it."""
+
+  def __getattr__(self, name):
+    import torch
+
+    return getattr(torch, name)
+
+
+torch = _Torch()
+
 TINY = DecoderConfig(
   vocab_size=65536,
   embed_dim=32,
@@ -99,8 +111,6 @@ def write_hugging_face(folder, layout, config=TINY, shards=2, extra=None, **decl
 
 def write_native(folder, config=TINY, **declared):
   """Writes consolidated.pth and params.json; returns the tensors."""
-  import torch
-
   tensors = decoder_tensors("A", config)
   folder.mkdir(parents=True, exist_ok=True)
   torch.save(to_torch(tensors) | {"rope.freqs": None}, folder / "consolidated.pth")
@@ -111,8 +121,6 @@ def write_native(folder, config=TINY, **declared):
 
 
 def to_torch(tensors):
-  import torch
-
   return {
     n: torch.from_numpy(t.view(np.int16)).view(torch.bfloat16)
     if t.dtype == ml_dtypes.bfloat16
@@ -167,8 +175,6 @@ def vqgan_tensors(decoder=True, seed=0):
 
 def write_wavtokenizer(file, codes=4096):
   """Writes the reference's small WavTokenizer, with more codes, as a Lightning checkpoint."""
-  import torch
-
   weights = parity.weights(parity.load("wavtok_tiny")[0])
   book = "feature_extractor.encodec.quantizer.vq.layers.0._codebook."
   rng = np.random.default_rng(0)
@@ -179,8 +185,6 @@ def write_wavtokenizer(file, codes=4096):
 
 def write_root(root):
   """Writes the folder that AR-Omni's inference reads, and a WavTokenizer beside it."""
-  import torch
-
   write_native(root / "models/7b")
   write_tokenizer(root / "tokenizer/text_tokenizer.json")
   vq = vqgan_tensors() | {"loss.logvar": np.zeros(1, np.float32)}

@@ -22,6 +22,8 @@ from aromni_jax.training import checkpoint
 from aromni_jax.training.config import TrainConfig, to_dataclass
 from tests.training.test_loop import ROOT, command, losses, make_config, start, train, wait_for
 
+pytestmark = pytest.mark.processes
+
 # Joins, and does what its argument says; `beat` is a step of a run.
 _WORKER = """
 import os, sys, time

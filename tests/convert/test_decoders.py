@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -14,7 +13,7 @@ from aromni_jax.convert import decoder_names, decoders, logits, sources
 from aromni_jax.models import params as codec_params
 from aromni_jax.models.decoder import Decoder
 from tests import parity, released
-from tests.released import TINY
+from tests.released import TINY, torch
 
 
 def load(source, layout=None):
@@ -68,6 +67,7 @@ def test_layouts_are_recognised_and_agree(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, *params[1:])
 
 
+@pytest.mark.torch
 def test_pytorch_bin_and_fused_native_tensors_are_read(tmp_path):
   tensors = released.write_hugging_face(tmp_path / "B", "B")
   (tmp_path / "bin").mkdir()
@@ -88,6 +88,7 @@ def test_pytorch_bin_and_fused_native_tensors_are_read(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, expected, found)
 
 
+@pytest.mark.torch
 def test_safetensors_come_before_pickles_of_the_same_decoder(tmp_path):
   tensors = released.write_hugging_face(tmp_path, "B")
   torch.save(released.to_torch(tensors), tmp_path / "pytorch_model.bin")
@@ -113,6 +114,7 @@ def test_heads_whose_norms_differ_stay_apart(tmp_path):
     decoder_names.to_released(norm[1], "layers.attention.q_norm.scale", "B", found.config)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("seed", range(4))
 def test_logits_equal_transformers_on_random_configurations(tmp_path, seed):
   from transformers import ChameleonConfig, ChameleonForConditionalGeneration
@@ -191,6 +193,7 @@ def test_damaged_files_are_named(tmp_path):
     decoders.find_decoder(tmp_path / "nowhere")
 
 
+@pytest.mark.torch
 def test_damaged_and_unsafe_pickles_are_refused_unread(tmp_path):
   file = tmp_path / "consolidated.pth"
   released.write_native(tmp_path)

@@ -15,6 +15,8 @@ from aromni_jax.training import loop
 from aromni_jax.training.config import TrainConfig, to_dataclass
 from tests import released
 
+pytestmark = pytest.mark.torch
+
 
 def write_jsonl(folder):
   rng = np.random.default_rng(0)

@@ -13,7 +13,6 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 from aromni_jax import model_dir, storage
@@ -26,6 +25,9 @@ from aromni_jax.models import sharding
 from aromni_jax.models.decoder import Decoder
 from aromni_jax.recipes import RELEASED
 from tests import released
+from tests.released import torch
+
+pytestmark = pytest.mark.torch
 
 
 @pytest.fixture

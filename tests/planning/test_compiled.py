@@ -14,6 +14,8 @@ from aromni_jax.planning.network import DCN, ICI
 from aromni_jax.training.config import TrainConfig, to_dataclass
 from aromni_jax.vocabulary import get_vocabulary
 
+pytestmark = pytest.mark.tpu
+
 VOCABULARY = get_vocabulary("demo").size  # 2944
 LENGTH, ROWS = 384, 4  # tokens, rows of a chip
 TOPOLOGY = parse_topology("v5e:2x4")
