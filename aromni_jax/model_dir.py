@@ -20,15 +20,17 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from aromni_jax import storage
+from aromni_jax import saved, storage
 from aromni_jax.codecs.registry import CODECS
 from aromni_jax.codecs.text import SentencePieceText, TextCodec, TokenizerJsonText
+from aromni_jax.fields import to_dataclass
 from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.models import params as codec_params
 from aromni_jax.models.config import DecoderConfig
-from aromni_jax.recipes import Recipe
+from aromni_jax.recipes import Recipe, get_recipe
 from aromni_jax.vocabulary import Vocabulary
 
+VERSION = 1  # of model.json; files that do not say it are of version 1
 SHIPPED = pathlib.Path(__file__).parent / "pretrained"
 
 
@@ -44,14 +46,22 @@ def identity(
   path: pathlib.Path, info: dict[str, Any]
 ) -> tuple[Vocabulary, TextCodec, dict[str, str]]:
   """Returns vocabulary, text codec and fingerprints of a directory and its model.json."""
-  vocabulary = Vocabulary.from_dict(info["vocabulary"])
+  with saved.naming(path / "model.json"):
+    vocabulary = Vocabulary.from_dict(saved.get(info, "vocabulary", dict))
+    parts = {name: saved.get(info, name, dict) for name in CODECS if name in info}
+    fingerprints = {name: saved.get(part, "fingerprint", str) for name, part in parts.items()}
   released = (path / "tokenizer.json").is_file()
   text_codec, file = (
     (TokenizerJsonText, "tokenizer.json") if released else (SentencePieceText, "text.model")
   )
   text = text_codec(path / file, vocabulary)
-  fingerprints = {name: info[name]["fingerprint"] for name in CODECS if name in info}
   return vocabulary, text, fingerprints | {"text": text.fingerprint()}
+
+
+def read_recipe(path: pathlib.Path, info: dict[str, Any]) -> Recipe:
+  """Returns the recipe of a directory and its model.json. Raises ValueError, naming the file."""
+  with saved.naming(path / "model.json"):
+    return get_recipe(saved.get(info, "recipe", str))
 
 
 def read_info(path: pathlib.Path) -> dict[str, Any]:
@@ -59,10 +69,7 @@ def read_info(path: pathlib.Path) -> dict[str, Any]:
   file = path / "model.json"
   if not file.is_file():
     raise FileNotFoundError(f"{path} is not a model directory: it has no model.json")
-  try:
-    return json.loads(file.read_text())
-  except json.JSONDecodeError as e:
-    raise ValueError(f"{file} is not JSON: {e}") from e
+  return saved.read(file, VERSION)
 
 
 def create(directory: str | pathlib.Path, vocabulary: Vocabulary, recipe: Recipe) -> None:
@@ -92,25 +99,45 @@ def load_codec(directory: str | pathlib.Path, name: str) -> nnx.Module:
   """
   config, params = _stored_codec(pathlib.Path(directory), name)
   config_class, codec_class = CODECS[name].classes()
-  config = config_class(**config)
+  config = _section(pathlib.Path(directory), name, config_class, config)
   return codec_params.from_params(lambda rngs: codec_class(config, rngs=rngs), params, name)
 
 
 def _stored_codec(path: pathlib.Path, name: str) -> tuple[dict[str, Any], dict]:
   """Returns the configuration and the parameters of a codec; errors as `load_codec`."""
-  info = read_info(path).get(name)
-  if info is None:
+  info = read_info(path)
+  if name not in info:
     raise FileNotFoundError(f"{path} has no {name}. {CODECS[name].hint}")
+  with saved.naming(path / "model.json"):
+    info = saved.get(info, name, dict)
+    config, wanted = saved.get(info, "config", dict), saved.get(info, "fingerprint", str)
   params = storage.load_params(path / name)
-  if fingerprint(info["config"], params) != info["fingerprint"]:
+  if fingerprint(config, params) != wanted:
     raise ValueError(f"{path / name} is damaged: it does not have the fingerprint of model.json")
-  return info["config"], params
+  return config, params
+
+
+def _section(path: pathlib.Path, name: str, cls: type, values: dict[str, Any]) -> Any:
+  """Returns the configuration of a part, as model.json has it; what it lacks has its default."""
+  with saved.naming(path / "model.json"):
+    unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
+    if unknown:
+      raise ValueError(
+        f"{name}.config has {', '.join(unknown)}, which this aromni_jax does not know: made by "
+        "another version of it, use that or one that reads both"
+      )
+    return to_dataclass(cls, values, f"{name}.config")
 
 
 def codebook(directory: str | pathlib.Path, name: str) -> np.ndarray:
   """Returns float32[codes, dimensions], the vectors of a codec's codes; errors as `load_codec`."""
   _, params = _stored_codec(pathlib.Path(directory), name)
   return functools.reduce(operator.getitem, CODECS[name].codebook.split("."), params)
+
+
+def codebooks(directory: str | pathlib.Path) -> dict[str, np.ndarray]:
+  """Returns the codebook of every modality that has a codec; errors as `load_codec`."""
+  return {kind.modality: codebook(directory, name) for name, kind in CODECS.items()}
 
 
 def perceptual_table(directory: str | pathlib.Path) -> np.ndarray:
@@ -135,11 +162,19 @@ def note_decoder(directory: str | pathlib.Path, config: DecoderConfig) -> None:
 
 
 def decoder_config(directory: str | pathlib.Path) -> DecoderConfig:
-  """Returns the configuration of a directory's decoder. Raises FileNotFoundError without one."""
-  info = read_info(pathlib.Path(directory)).get("decoder")
-  if info is None:
+  """Returns the configuration of a directory's decoder.
+
+  Raises:
+    FileNotFoundError: if the directory has none.
+    ValueError: if model.json has fields that this version does not know, or wrong values.
+  """
+  path = pathlib.Path(directory)
+  info = read_info(path)
+  if "decoder" not in info:
     raise FileNotFoundError(f"{directory} has no decoder; train one with aromni train")
-  return DecoderConfig(**info["config"])
+  with saved.naming(path / "model.json"):
+    config = saved.get(saved.get(info, "decoder", dict), "config", dict)
+  return _section(path, "decoder", DecoderConfig, config)
 
 
 def load_decoder(directory: str | pathlib.Path) -> decoder_lib.Decoder:
@@ -210,7 +245,7 @@ def _update(path: pathlib.Path, entries: dict[str, Any]) -> None:
   if jax.process_index() != 0:
     return
   file = path / "model.json"
-  info = json.loads(file.read_text()) if file.is_file() else {}
+  info = {"version": VERSION} | (read_info(path) if file.is_file() else {})
   partial = file.with_suffix(".partial")
   partial.write_text(json.dumps(info | entries, indent=1) + "\n")
   partial.rename(file)

@@ -1,9 +1,12 @@
 """Trains a decoder.
 
-  aromni train --config=configs/demo.py --workdir=DIR [--config.model.num_layers=2 ...]
+  aromni train --config=demo --workdir=DIR [--config.model.num_layers=2 ...]
+  aromni train --config=mine.py --workdir=DIR
 
-The same command goes on from the newest checkpoint of --workdir. The trained model directory is
-DIR/model, losses are in DIR/metrics.jsonl and DIR/tensorboard.
+--config names a configuration of the package, with an argument in demo:tiny, or a file of your own;
+--config.FIELD changes a field of it. The same command goes on from the newest checkpoint of
+--workdir. The trained model directory is DIR/model, losses are in DIR/metrics.jsonl and
+DIR/tensorboard.
 
 A run of several processes (hosts) has the same command in each, with --coordinator=auto where JAX
 finds the others itself (TPU pod, SLURM, GKE), else with --coordinator=HOST:PORT of the first one,
@@ -16,12 +19,9 @@ import time
 
 _BEGAN = time.monotonic()  # before the imports that take seconds
 
-from absl import app, flags, logging  # noqa: E402
-from ml_collections import config_flags  # noqa: E402
+from absl import flags, logging  # noqa: E402
 
-from aromni_jax import logs  # noqa: E402
-from aromni_jax.cluster import agreement, watch  # noqa: E402
-from aromni_jax.training.config import TrainConfig, to_dataclass  # noqa: E402
+from aromni_jax import config_files, logs  # noqa: E402
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS, sys_argv: list[str] | None = None) -> None:
@@ -32,14 +32,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS, sys_argv: list[str] | N
     sys_argv: words that name configuration fields; the program's own if None.
   """
   into = {"flag_values": values}
-  config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Configuration file, with :argument if it takes one.",
-    lock_config=True,
-    sys_argv=sys_argv,
-    **into,
-  )
+  config_files.define(values, sys_argv)
   flags.DEFINE_string("workdir", None, "Folder of the run; made if it does not exist.", **into)
   flags.DEFINE_string(
     "profile_steps",
@@ -67,10 +60,12 @@ def define_flags(values: flags.FlagValues = flags.FLAGS, sys_argv: list[str] | N
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {argv[1:]}")
+  del argv
+  from aromni_jax.cluster import agreement, watch
+  from aromni_jax.training.config import TrainConfig, to_dataclass
+
   given = flags.FLAGS
-  with logs.clear_errors(), watch.ending_together():
+  with watch.ending_together():
     agreement.join(
       given.coordinator,
       given.num_processes,
@@ -78,18 +73,18 @@ def main(argv: list[str]) -> None:
       join_timeout=given.join_timeout,
       host_timeout=given.host_timeout,
     )
+    from aromni_jax.evaluation.hooks import make_hooks
     from aromni_jax.training import loop
 
     config = to_dataclass(TrainConfig, given.config.to_dict())
     logging.info("Training %d parameters.", config.model.num_params())
-    loop.train(config, given.workdir, profile_steps=given.profile_steps, began=_BEGAN)
+    hooks = make_hooks(config)
+    loop.train(config, given.workdir, hooks=hooks, profile_steps=given.profile_steps, began=_BEGAN)
 
 
 def run() -> None:
   define_flags()
-  logs.setup()
-  flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  logs.run(main, required=["config", "workdir"])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from aromni_jax.decoding import sampling
 from aromni_jax.decoding.released import compile_released
@@ -59,7 +60,8 @@ class Engine:
   """Generates responses; with the paper's recipe they always parse.
 
   Args:
-    decoder: the model; its layers' parameters are copied.
+    decoder: the model; its layers' parameters are copied, and stay split over a mesh if they are.
+      Processes that share the mesh call the engine alike.
     vocabulary: its id space.
     recipe: whose rules of decoding.
     samplers: how ids are drawn, by the names of `recipe.samplers`; greedy by default.
@@ -97,10 +99,18 @@ class Engine:
     self._guided = (image.guidance, image.image_guidance) != (1, 1)
     self._guided_by_pictures = image.image_guidance != image.guidance
     self._kept = np.isin(self.machine.class_of, [CLASSES.index(name) for name in _PICTURES])
-    self._graphdef, self._params = nnx.split(unroll(decoder, consume=consume))
     self._config = decoder.config
+    self.load(decoder, consume=consume)
     self._prefill = jax.jit(self._prefill_fn, static_argnames=("cache_length", "output_length"))
     self._advance = jax.jit(self._advance_fn, donate_argnums=1)
+
+  def load(self, decoder: Decoder, *, consume: bool = False) -> None:
+    """Takes the parameters of another decoder of the same shape; nothing is compiled again."""
+    self._graphdef, self._params = nnx.split(unroll(decoder, consume=consume))
+
+  def release(self) -> None:
+    """Frees the parameters; `load` brings new ones."""
+    self._params = None
 
   def generate(
     self,
@@ -163,7 +173,7 @@ class Engine:
       output_length=_bucket(most),
     )
     ids = np.arange(len(prompts)) if row_ids is None else np.asarray(row_ids)
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.asarray(ids))
+    ids = ids.astype(np.int32)
     chunk = chunk or most
     step, shown, finished = 0, 0, False
     while not finished:
@@ -171,12 +181,12 @@ class Engine:
         cache_length = _cache_length(cache_length + 1, end)
         progress = _grow(progress, cache_length)
       limit = min(cache_length - longest, shown + chunk)
-      progress = self._advance(self._params, progress, keys, limit)
-      step = int(progress.step)
-      finished = (np.asarray(progress.states) == self.machine.done).all()
+      progress = self._advance(self._params, progress, np.uint32(seed), ids, np.int32(limit))
+      step = int(_fetch(progress.step))
+      finished = (_fetch(progress.states) == self.machine.done).all()
       if finished or step == shown + chunk:
         shown = step
-        yield [row[row >= 0] for row in np.asarray(progress.output)]
+        yield [row[row >= 0] for row in _fetch(progress.output)]
 
   def _with_twins(self, prompts: Sequence[np.ndarray], tasks: Sequence[str]) -> list[np.ndarray]:
     """Returns the prompts, then what their twins hold of them."""
@@ -218,7 +228,8 @@ class Engine:
     step = jnp.zeros((), jnp.int32)
     return _Progress(cache, hidden, states, lengths, budgets, output, seen, step)
 
-  def _advance_fn(self, params, progress: _Progress, keys: Array, limit: Array) -> _Progress:
+  def _advance_fn(self, params, progress: _Progress, seed: Array, ids: Array, limit: Array):
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(ids)
     decoder = nnx.merge(self._graphdef, params)
     machine, batch = self.machine, len(progress.states)
     sequences = len(progress.hidden) // batch
@@ -276,6 +287,13 @@ class Engine:
       slots.append(rows[2])
       after.append(rows[2] + jnp.asarray(self._kept)[token])
     return jnp.concatenate(slots), jnp.concatenate(after)
+
+
+def _fetch(array: Array) -> np.ndarray:
+  """Returns an array on the host, in every process that shares it."""
+  if array.is_fully_addressable or array.is_fully_replicated:
+    return np.asarray(array)
+  return multihost_utils.process_allgather(array, tiled=True)
 
 
 def _grow(progress: _Progress, cache_length: int) -> _Progress:

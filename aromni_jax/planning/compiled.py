@@ -11,22 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from aromni_jax.cluster.hardware import Topology
 from aromni_jax.cluster.xla_flags import flags
-from aromni_jax.data.batch import Batch
-from aromni_jax.data.pipeline import empty_row
-from aromni_jax.models import attention, sharding
-from aromni_jax.models import decoder as decoder_lib
+from aromni_jax.models import sharding
 from aromni_jax.planning import hlo
 from aromni_jax.planning.estimate import TABLE_SHAPE
 from aromni_jax.planning.network import collective_seconds
-from aromni_jax.training import step as step_lib
+from aromni_jax.training import setup
 from aromni_jax.training.config import TrainConfig
-from aromni_jax.training.optimizer import make_optimizer
 from aromni_jax.vocabulary import PRESETS, Vocabulary, get_vocabulary
 
 
@@ -54,36 +48,6 @@ def topology_devices(topology: Topology) -> list[Any]:
   return description.devices
 
 
-def lower_step(
-  config: TrainConfig, vocabulary: Vocabulary, table_shape: tuple[int, int], mesh: jax.sharding.Mesh
-) -> jax.stages.Lowered:
-  """Returns the training step, lowered for the devices of a mesh.
-
-  Args:
-    config: the run.
-    vocabulary: of the model.
-    table_shape: codes and dimensions of the image embeddings.
-    mesh: over the devices that are compiled for.
-  """
-  optimizer = make_optimizer(config.optimizer)
-  with jax.set_mesh(mesh):
-    decoder = nnx.eval_shape(lambda: decoder_lib.Decoder(config.model, rngs=nnx.Rngs(0)))
-    step_config = step_lib.StepConfig(
-      nnx.graphdef(decoder), vocabulary, config.loss, optimizer, config.accumulate
-    )
-    state = jax.eval_shape(
-      lambda: step_lib.init_state(config.model, optimizer, table_shape[1], jax.random.key(0))
-    )
-    shardings = sharding.state_shardings(state, mesh)
-    step = step_lib.make_train_step(step_config, mesh, shardings)
-    row = Batch(**empty_row(config.data.sequence_length, padding=0))
-    batch = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct((config.batch_size, *x.shape), x.dtype), row
-    )
-    table = jax.ShapeDtypeStruct(table_shape, jnp.float32)
-    return step.lower(state, batch, table, jax.ShapeDtypeStruct((), jnp.float32))
-
-
 @dataclasses.dataclass(frozen=True)
 class Compiled:
   """What the compiler says of a training step.
@@ -105,19 +69,16 @@ def compile_step(config: TrainConfig, topology: Topology) -> Compiled:
   """Returns the training step of a configuration, compiled for a TPU topology.
 
   Args:
-    config: the run; attention "auto" is the TPU kernel.
+    config: the run.
     topology: what is compiled for.
 
   Raises:
     ImportError, ValueError: see `topology_devices`; or if the compiler finds no room, with its
       words.
   """
-  if config.model.attention == "auto":
-    chosen = attention.choose("tpu", config.data.sequence_length, config.model.head_dim)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=chosen))
   began = time.monotonic()
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=topology_devices(topology))
-  lowered = lower_step(config, vocabulary_of(config), TABLE_SHAPE, mesh)
+  lowered = setup.build(config, vocabulary_of(config), TABLE_SHAPE, mesh).lower()
   options = {flag.name: flag.value for flag in flags("tpu", topology.chip.name)}
   try:
     compiled = lowered.compile(compiler_options=options)

@@ -16,12 +16,12 @@ from jax.sharding import AbstractMesh, AxisType
 
 from aromni_jax.cluster.hardware import GIB, Topology
 from aromni_jax.models import sharding
+from aromni_jax.models.attention import CONTEXT, choose
 from aromni_jax.models.config import DecoderConfig
-from aromni_jax.models.decoder import REMAT_SAVES
+from aromni_jax.models.remat import REMAT
 from aromni_jax.planning.network import DCN, collective_seconds, torus_of
-from aromni_jax.training import step as step_lib
+from aromni_jax.training import setup
 from aromni_jax.training.config import TrainConfig
-from aromni_jax.training.optimizer import make_optimizer
 
 TABLE_SHAPE = (8192, 256)  # of the released image codec's embeddings
 
@@ -33,8 +33,6 @@ USABLE = {"tpu": 0.984, "gpu": 0.92}
 _KERNEL_COPIES, _KEPT_COPIES, _SHARED_COPIES, _AGAIN_COPIES = 2.0, 2.0, 4.0, 3.0
 _LOGIT_COPIES, _GRADIENT_COPIES = 3.0, 2.0
 _EMBEDDING_LANES = 128  # a TPU pads the last axis to this
-# Passes over an array [rows, length, embed_dim] beside the products, per layer and step.
-_PASSES = {"full": 60, "mlp": 130, "up": 140, "norms": 150, "none": 170}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,14 +137,7 @@ def mesh_sizes(
       f"config.mesh.data is {sizes[0]}, no multiple of the {slices} slices or nodes of {where}; "
       f"only data crosses the network between them: --config.mesh.data={slices}"
     )
-  shards = sizes[0] * sizes[1] * config.accumulate
-  if config.batch_size % shards:
-    below = config.batch_size // shards * shards
-    raise ValueError(
-      f"config.batch_size {config.batch_size} is no multiple of {shards}: {sizes[0]} (data) x "
-      f"{sizes[1]} (fsdp) x {config.accumulate} (accumulate) on {where}; take "
-      f"{f'{below} or ' if below else ''}{below + shards}"
-    )
+  setup.check_rows(config, sizes, where)
   return sizes
 
 
@@ -160,52 +151,54 @@ def abstract_mesh(config: TrainConfig, topology: Topology) -> AbstractMesh:
   return AbstractMesh(sizes, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def parameter_table(config: TrainConfig, mesh: AbstractMesh, table_dim: int):
+def parameter_table(config: TrainConfig, mesh: AbstractMesh, table_shape: tuple[int, int]):
   """Returns the parameters, and the bytes of a chip's part of the optimiser's state."""
-  optimizer = make_optimizer(config.optimizer)
-  state = jax.eval_shape(
-    lambda: step_lib.init_state(config.model, optimizer, table_dim, jax.random.key(0))
-  )
-  shardings = sharding.state_shardings(state, mesh)
+  state = setup.abstract_state(config, table_shape, mesh)
 
-  def local(leaf, placed) -> float:
-    return math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+  def local(leaf) -> float:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
   rows = []
-  for (path, leaf), placed in zip(
-    jax.tree_util.tree_leaves_with_path(state.params),
-    jax.tree.leaves(shardings.params),
-    strict=True,
-  ):
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
     name = ".".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
     name = name.removesuffix(".value")
-    spec = tuple(placed.spec)
-    rows.append(Parameter(name, leaf.shape, leaf.dtype.name, spec, local(leaf, placed)))
-  pairs = zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(shardings.opt_state), strict=True)
-  return tuple(rows), sum(local(leaf, placed) for leaf, placed in pairs)
+    spec = tuple(leaf.sharding.spec)
+    rows.append(Parameter(name, leaf.shape, leaf.dtype.name, spec, local(leaf)))
+  return tuple(rows), sum(map(local, jax.tree.leaves(state.opt_state)))
 
 
 def _layer_params(model: DecoderConfig) -> float:
   return (model.num_params() - 2 * model.vocab_size * model.embed_dim) / model.num_layers
 
 
-def kept_bytes(config: TrainConfig, tensor: int) -> float:
-  """Returns the bytes per token and layer that stay until the backward pass."""
+def kept_bytes(config: TrainConfig, tensor: int, platform: str) -> float:
+  """Returns the bytes per token and layer that stay until the backward pass.
+
+  Args:
+    config: the run.
+    tensor: chips that share a row.
+    platform: of them, "cpu", "gpu" or "tpu".
+
+  Raises:
+    ValueError: if `model.attention` cannot run there.
+  """
   m = config.model
   width = jnp.dtype(m.dtype).itemsize
+  backend = choose(m.attention, config.data.sequence_length, m.head_dim, m.dtype, platform)
   heads, kv = m.num_heads * m.head_dim / tensor, m.num_kv_heads * m.head_dim / tensor
-  sizes = {
+  sizes = {  # numbers of `width` bytes, by the names that `REMAT` has
     "qkv": heads + 2 * kv,
-    "context": heads + 4 / width * m.num_heads / tensor,  # and the softmax's float32 statistics
+    CONTEXT: heads + backend.kept_floats * 4 / width * m.num_heads / tensor,
     "attention_out": m.embed_dim,
     "mlp_gate": m.mlp_dim / tensor,
     "mlp_up": m.mlp_dim / tensor,
     "mlp_out": m.embed_dim if m.norm_placement == "swin" else 0,
   }
-  if m.remat_policy == "none":
+  names = REMAT[m.remat_policy].keeps
+  if names is None:
     everything = sum(sizes.values()) + 4 * m.embed_dim + 6 * heads + m.mlp_dim / tensor
     return width * (m.embed_dim + everything)
-  return width * (m.embed_dim + sum(sizes[name] for name in REMAT_SAVES[m.remat_policy]))
+  return width * (m.embed_dim + sum(sizes[name] for name in names))
 
 
 def memory(
@@ -232,15 +225,15 @@ def memory(
   tokens = rows * config.data.sequence_length
   own = sum(p.local_bytes for p in parameters)
   layer = _layer_params(m) / tensor * width
-  kept = kept_bytes(config, tensor) * tokens
+  platform = topology.chip.platform
+  kept = kept_bytes(config, tensor, platform) * tokens
   block = config.loss.vocab_block or m.vocab_size
-  lanes = max(m.embed_dim // fsdp, _EMBEDDING_LANES if topology.chip.platform == "tpu" else 1)
+  lanes = max(m.embed_dim // fsdp, _EMBEDDING_LANES if platform == "tpu" else 1)
   embedding = tokens * fsdp * lanes * (width + 4) if fsdp > 1 else 0
   head = tokens * block / tensor * 4 * _LOGIT_COPIES + 2 * m.embed_dim * block / tensor * width
   head += 2 * tokens * m.embed_dim * 4
-  everything = max(
-    kept, kept_bytes(_changed(config, {"model.remat_policy": "norms"}), tensor) * tokens
-  )
+  all_named = _changed(config, {"model.remat_policy": "norms"})
+  everything = max(kept, kept_bytes(all_named, tensor, platform) * tokens)
   copies = _SHARED_COPIES if tensor > 1 else _KEPT_COPIES
   backward = _KERNEL_COPIES * layer + copies * everything + _AGAIN_COPIES * (everything - kept)
   return {
@@ -269,7 +262,7 @@ def estimate(
   mesh = abstract_mesh(config, topology)
   sizes = tuple(mesh.shape[axis] for axis in sharding.MESH_AXES)
   data, fsdp, tensor = sizes
-  state = parameter_table(config, mesh, table_shape[1])
+  state = parameter_table(config, mesh, table_shape)
   rows = config.batch_size // (data * fsdp * config.accumulate)
   usable = USABLE[topology.chip.platform] * topology.chip.hbm_bytes
 
@@ -286,11 +279,11 @@ def estimate(
   weights = m.num_params() - head  # in products: the embedding is looked up
   attention = 2.0 * m.num_heads * m.head_dim * length  # of a token's forward pass, causal
   flops = 6.0 * weights + 3 * m.num_layers * attention
-  again = _computed_again(config, _layer_params(m), attention)
+  again = _computed_again(m, attention)
   if 0 < config.loss.vocab_block < m.vocab_size:
     again += 2.0 * head
   array = rows * length * m.embed_dim * jnp.dtype(m.dtype).itemsize
-  passes = _PASSES[m.remat_policy] * m.num_layers * array * config.accumulate
+  passes = REMAT[m.remat_policy].passes * m.num_layers * array * config.accumulate
   passes += 6 * sum(p.local_bytes for p in state[0])  # the optimiser reads and writes
   traffic = _traffic(config, topology, sizes, rows)
   # The first gather of a layer and the exchange of the embedding have nothing beside them.
@@ -316,18 +309,26 @@ def estimate(
   )
 
 
-def _computed_again(config: TrainConfig, layer: float, attention: float) -> float:
-  """Operations per token that the backward pass repeats of the layers."""
-  m = config.model
-  mlp = 2.0 * m.embed_dim * m.mlp_dim
-  again = {
-    "full": 2.0 * layer + attention,
-    "mlp": 2 * mlp,
-    "up": mlp,
-    "norms": 0.0,
-    "none": 0.0,
+def _computed_again(m: DecoderConfig, attention: float) -> float:
+  """Returns the FLOPs per token that the backward pass repeats of the layers: of the products
+  whose results are not kept.
+
+  Args:
+    m: the model.
+    attention: FLOPs per token of a layer's attention, forward.
+  """
+  queries, keys = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
+  products = {
+    "qkv": 2.0 * m.embed_dim * (queries + 2 * keys),
+    CONTEXT: attention,
+    "attention_out": 2.0 * queries * m.embed_dim,
+    "mlp_gate": 2.0 * m.embed_dim * m.mlp_dim,
+    "mlp_up": 2.0 * m.embed_dim * m.mlp_dim,
+    "mlp_out": 2.0 * m.mlp_dim * m.embed_dim,
   }
-  return m.num_layers * again[m.remat_policy]
+  names = REMAT[m.remat_policy].keeps
+  kept = products if names is None else names
+  return m.num_layers * sum(flops for name, flops in products.items() if name not in kept)
 
 
 def _traffic(
@@ -398,7 +399,7 @@ def _advice(config: TrainConfig, topology: Topology, found: Estimate) -> str:
   """What would make a configuration fit, the change that costs least first."""
   data, fsdp, _ = found.mesh
   options = []
-  policies = list(_PASSES)
+  policies = list(REMAT)
   for policy in reversed(policies[: policies.index(config.model.remat_policy)]):
     options.append({"model.remat_policy": policy})
   if found.largest_batch:

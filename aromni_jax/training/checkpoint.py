@@ -204,8 +204,13 @@ class Checkpoints:
     }
 
   def _read_state(self, path: epath.Path, abstract_state: Any) -> Any:
-    args = ocp.args.StandardRestore(abstract_state)
-    return ocp.StandardCheckpointHandler().restore(path / "state", args=args)
+    # Runs begun before 2026-12 have the optimizer's state of frozen parameters, too: it is left out.
+    args = ocp.args.PyTreeRestore(
+      item=abstract_state,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
+      partial_restore=True,
+    )
+    return ocp.PyTreeCheckpointHandler().restore(path / "state", args=args)
 
   def _check_same_run(self, saved: dict[str, Any], ours: dict[str, Any]) -> None:
     _check_same_model(saved["model"], ours["model"], self.directory)

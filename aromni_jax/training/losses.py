@@ -1,11 +1,5 @@
-"""Losses as pure functions: float32 sums with their weights, never means.
+"""Losses as pure functions: float32 sums with their weights, never means."""
 
-Next-token prediction with token weights and perceptual alignment are those of AR-Omni (arXiv
-2601.17761, sections on weighted NTP and perceptual alignment). Paper and released code differ;
-every difference is a field of `LossConfig`, and `recipes.py` has both sides.
-"""
-
-import dataclasses
 import functools
 
 import jax
@@ -15,43 +9,6 @@ from aromni_jax.models.sharding import gather, on_devices, scatter, shard
 
 Array = jax.Array
 Sum = tuple[Array, Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-  """Which losses, and in which variant.
-
-  Attributes:
-    perceptual_weight: lambda of the perceptual loss; 0 leaves it out.
-    perceptual_pairing: "predicting" pairs the state that predicts a code with that code (paper);
-      "own_position" the state at the code's own position (released code).
-    perceptual_distance: "squared_l2" sums over dimensions (paper), "mse" averages (released).
-    perceptual_tasks: tasks whose pictures count; empty means all.
-    train_projection: whether the projection is trained (paper) or stays random (released).
-    normaliser: "tokens" divides by the number of targets (paper), "weights" by the sum of their
-      weights (released).
-    z_loss_weight: weight of log(Z)^2; 0 leaves it out.
-    vocab_block: ids whose logits exist at once; 0 means all.
-  """
-
-  perceptual_weight: float = 0.1
-  perceptual_pairing: str = "predicting"
-  perceptual_distance: str = "squared_l2"
-  perceptual_tasks: tuple[str, ...] = ()
-  train_projection: bool = True
-  normaliser: str = "tokens"
-  z_loss_weight: float = 0.0
-  vocab_block: int = 0
-
-  def __post_init__(self):
-    object.__setattr__(self, "perceptual_tasks", tuple(self.perceptual_tasks))
-    for field, choices in {
-      "perceptual_pairing": ("predicting", "own_position"),
-      "perceptual_distance": ("squared_l2", "mse"),
-      "normaliser": ("tokens", "weights"),
-    }.items():
-      if getattr(self, field) not in choices:
-        raise ValueError(f"loss.{field} {getattr(self, field)!r}; expected one of {choices}")
 
 
 def token_losses(hidden: Array, head: Array, targets: Array, vocab_block: int = 0) -> Sum:
@@ -151,19 +108,6 @@ def _blocked_losses_backward(size, saved, cotangents):
 _blocked_losses.defvjp(_blocked_losses_forward, _blocked_losses_backward)
 
 
-def weighted_next_token(
-  hidden: Array, head: Array, targets: Array, weights: Array, vocab_block: int = 0
-) -> Sum:
-  """Returns (sum of weight * nll, sum of weights) over all positions.
-
-  Args:
-    hidden, head, targets, vocab_block: as in `token_losses`.
-    weights: float32[B, T], 0 where nothing is to be predicted.
-  """
-  nll, _ = token_losses(hidden, head, targets, vocab_block)
-  return jnp.sum(weights * nll), jnp.sum(weights)
-
-
 def z_loss(log_z: Array, weights: Array) -> Sum:
   """Returns (sum of weight * log(Z)^2, sum of weights); keeps logits from drifting."""
   return jnp.sum(weights * log_z**2), jnp.sum(weights)
@@ -185,7 +129,7 @@ def perceptual(
     table: float32[codes, E], frozen embeddings of the image codes.
     codes: int32[B, T], the code that belongs to each state; anything where the mask is False.
     mask: bool[B, T].
-    distance: "squared_l2" or "mse", see `LossConfig`.
+    distance: "squared_l2" sums over dimensions, "mse" averages.
   """
   table = shard(jax.lax.stop_gradient(table), None, None)
   wanted = table[jnp.where(mask, codes, 0)]

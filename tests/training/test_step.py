@@ -3,19 +3,23 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from flax import nnx
 from jax.sharding import PartitionSpec
 
+from aromni_jax.configs import base
 from aromni_jax.data.loss_weights import LossWeightConfig
 from aromni_jax.data.pipeline import DataConfig, make_train_iterator
 from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.models import sharding
 from aromni_jax.models.config import DecoderConfig
 from aromni_jax.tasks import TASKS
+from aromni_jax.training import setup as setup_lib
 from aromni_jax.training import step as step_lib
-from aromni_jax.training.losses import LossConfig, token_losses
+from aromni_jax.training.config import TrainConfig, to_dataclass
+from aromni_jax.training.losses import token_losses
 from aromni_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from aromni_jax.training.terms import LossConfig, image_targets
 from aromni_jax.vocabulary import get_vocabulary
 
 VOCABULARY = get_vocabulary("demo")
@@ -40,27 +44,34 @@ def batches(shards):
   return [next(iterator) for _ in range(3)]
 
 
-def run(batches, *, mesh=(1, 1, 1), accumulate=1, loss=LOSS, model=MODEL, optimizer="adam"):
-  """Losses of some steps and the parameters after them, on a (data, fsdp, tensor) mesh."""
-  optimizer = make_optimizer(OptimizerConfig(name=optimizer))
+def make_setup(mesh=(1, 1, 1), accumulate=1, loss=LOSS, model=MODEL, optimizer="adam", length=512):
+  """The step that training has, on a (data, fsdp, tensor) mesh of the first devices."""
+  config = to_dataclass(TrainConfig, base.get_config().to_dict())
+  config = dataclasses.replace(
+    config,
+    batch_size=8,
+    accumulate=accumulate,
+    model=model,
+    loss=loss,
+    optimizer=OptimizerConfig(name=optimizer),
+    data=dataclasses.replace(config.data, sequence_length=length),
+  )
   mesh = sharding.make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
-  with jax.set_mesh(mesh):
-    abstract = nnx.eval_shape(lambda: decoder_lib.Decoder(model, rngs=nnx.Rngs(0)))
-    config = step_lib.StepConfig(nnx.graphdef(abstract), VOCABULARY, loss, optimizer, accumulate)
+  return setup_lib.build(config, VOCABULARY, TABLE.shape, mesh)
 
-    def init(key):
-      return step_lib.init_state(model, optimizer, TABLE.shape[1], key)
 
-    shardings = sharding.state_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
-    state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
-    step = step_lib.make_train_step(config, mesh, shardings)
-    metrics = []
-    for batch in batches:
-      placed = jax.device_put(batch, sharding.batch_sharding(mesh))
-      state, values = step(state, placed, TABLE, jnp.float32(1e-3))
-      metrics.append(jax.device_get(values))
-    assert step._cache_size() == 1  # compiled once
-    return metrics, jax.device_get(state.params)
+def run(batches, **options):
+  """Losses of some steps and the parameters after them."""
+  setup = make_setup(**options)
+  state = setup.init(jax.random.key(0), {})
+  metrics = []
+  for batch in batches:
+    placed = jax.device_put(batch, setup.batch.tokens.sharding)
+    table = jax.device_put(TABLE, setup.table.sharding) if setup.table else None
+    state, values = setup.step(state, placed, table, jnp.float32(1e-3))
+    metrics.append(jax.device_get(values))
+  assert setup.step.__wrapped__._cache_size() == 1  # compiled once
+  return metrics, jax.device_get(state.params)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +104,7 @@ def test_muon_on_eight_devices_equals_one(batches):
 def test_muon_turns_matrices_and_leaves_the_rest_to_adam():
   key = jax.random.key(0)
   adam, muon = (make_optimizer(OptimizerConfig(name=n, clip_norm=0)) for n in ("adam", "muon"))
-  params = step_lib.init_state(MODEL, muon, 8, key).params
+  params = make_setup().init(key, {}).params
   # Gradients of rank one, as if from one token: Adam and Muon differ most there.
   grads = jax.tree.map(lambda p: jnp.ones_like(p) + 0.01 * jax.random.normal(key, p.shape), params)
   one, other = (
@@ -125,23 +136,48 @@ def test_unrolled_layers_and_blocked_logits_equal_the_rest(batches, reference):
   assert_same(reference, run(batches, model=model, loss=dataclasses.replace(LOSS, vocab_block=368)))
 
 
-def test_a_frozen_projection_stays_and_is_used(batches):
+def test_a_frozen_projection_stays_is_used_and_counts_in_no_norm(batches):
   loss = dataclasses.replace(LOSS, train_projection=False)
   before = run(batches[:1], loss=loss)[1]["projection"]
-  after = run(batches, loss=loss)[1]["projection"]
-  jax.tree.map(np.testing.assert_array_equal, before, after)
-  trained = run(batches)[1]["projection"]
-  assert np.abs(trained["kernel"] - after["kernel"]).max() > 1e-4
+  metrics, params = run(batches, loss=loss)
+  jax.tree.map(np.testing.assert_array_equal, before, params["projection"])
+  trained = run(batches)
+  assert np.abs(trained[1]["projection"]["kernel"] - before["kernel"]).max() > 1e-4
+  # The loss is the same; what clips the gradient is the norm of the decoder's alone.
+  assert metrics[0]["loss"] == pytest.approx(trained[0][0]["loss"], rel=1e-6)
+  assert metrics[0]["grad_norm"] < 0.99 * trained[0][0]["grad_norm"]
+  setup = make_setup(loss=loss)
+  state = setup.init(jax.random.key(0), {})
+  grads, _ = step_lib.gradients(
+    {"decoder": state.params["decoder"]},
+    {"projection": state.params["projection"]},
+    batches[0],
+    TABLE,
+    setup.step_config,
+  )
+  assert metrics[0]["grad_norm"] == pytest.approx(float(optax.global_norm(grads)), rel=1e-5)
+  moments = jax.tree.leaves(state.opt_state)
+  assert sum(x.size for x in moments) < 2.1 * MODEL.num_params()
+
+
+def test_without_the_perceptual_loss_no_image_codec_is_needed(batches):
+  loss = dataclasses.replace(LOSS, perceptual_weight=0.0)
+  config = to_dataclass(TrainConfig, base.get_config().to_dict())
+  config = dataclasses.replace(config, model=MODEL, loss=loss)
+  setup = setup_lib.build(config, VOCABULARY, None, sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
+  assert setup.table is None and set(setup.state.params) == {"decoder"}
+  metrics, params = run(batches, loss=loss)
+  assert set(params) == {"decoder"} and "loss/perceptual" not in metrics[0]
+  with_it = run(batches)[0][0]
+  assert metrics[0]["loss/next_token"] == pytest.approx(with_it["loss/next_token"], rel=1e-6)
 
 
 def test_losses_of_tasks_are_weighted_means(batches):
   batch = batches[0]
-  optimizer = make_optimizer(OptimizerConfig())
-  params = step_lib.init_state(MODEL, optimizer, TABLE.shape[1], jax.random.key(0)).params
-  graphdef = nnx.graphdef(nnx.eval_shape(lambda: decoder_lib.Decoder(MODEL, rngs=nnx.Rngs(0))))
-  config = step_lib.StepConfig(graphdef, VOCABULARY, LOSS, optimizer)
-  metrics = step_lib.summarise(*step_lib.evaluate(params, batch, TABLE, config), LOSS)
-  decoder = nnx.merge(graphdef, params["decoder"])
+  setup = make_setup()
+  params = setup.init(jax.random.key(0), {}).params
+  metrics = step_lib.summarise(*setup.evaluate(params, batch, TABLE), LOSS)
+  decoder = setup.decoder(params)
   hidden = decoder(batch.tokens, batch.positions, batch.segment_ids)
   nll = np.asarray(token_losses(hidden, decoder.head[...], batch.targets)[0])
   assert len(np.unique(batch.loss_weights)) > 2
@@ -160,8 +196,8 @@ def test_loss_of_the_right_targets_falls(batches):
 
 def test_perceptual_tasks_choose_the_pictures(batches):
   def pairs(**options):
-    config = step_lib.StepConfig(None, VOCABULARY, LossConfig(**options), None)
-    return step_lib.perceptual_mask(jax.tree.map(jnp.asarray, batches[0]), config)
+    batch = jax.tree.map(jnp.asarray, batches[0])
+    return image_targets(batch, VOCABULARY, LossConfig(**options))
 
   codes, mask = pairs()
   assert mask.any() and ((codes[mask] >= 0) & (codes[mask] < len(VOCABULARY.image))).all()
@@ -177,9 +213,8 @@ def test_pictures_of_prompts_that_do_not_count_are_left_out(shards, pairing):
   weights = LossWeightConfig(prompt=0.0)
   data = DataConfig(str(shards), mixture={"image_caption": 1.0}, loss_weights=weights)
   batch = next(make_train_iterator(data, VOCABULARY, batch_size=8))
-  loss = LossConfig(perceptual_pairing=pairing)
-  config = step_lib.StepConfig(None, VOCABULARY, loss, None)
-  assert not step_lib.perceptual_mask(jax.tree.map(jnp.asarray, batch), config)[1].any()
+  batch = jax.tree.map(jnp.asarray, batch)
+  assert not image_targets(batch, VOCABULARY, LossConfig(perceptual_pairing=pairing))[1].any()
 
 
 def test_learning_rate_schedules():
@@ -196,10 +231,12 @@ def test_learning_rate_schedules():
 
 
 def test_similar_codes_start_alike():
-  state = step_lib.init_state(MODEL, make_optimizer(OptimizerConfig()), 8, jax.random.key(0))
   table = TABLE.at[1].set(TABLE[0] + 0.01)  # codes 0 and 1 are nearly the same
-  state = step_lib.embed_codebooks(state, {VOCABULARY.image: table}, 0.3, 0.02, jax.random.key(1))
-  decoder, start = state.params["decoder"], VOCABULARY.image.start
+  config = to_dataclass(TrainConfig, base.get_config().to_dict())
+  config = dataclasses.replace(config, model=MODEL, code_embedding_std=0.3)
+  _, decoder = decoder_lib.init_params(MODEL, jax.random.key(0))
+  setup_lib.embed_codebooks(decoder, {"image": table}, VOCABULARY, config, jax.random.key(1))
+  start = VOCABULARY.image.start
   for rows, std, ratio in (
     (decoder["embedding"][...], 0.3, 0.3),
     (decoder["head"][...].T, 0.02, 0.95),  # as much noise as codebook
