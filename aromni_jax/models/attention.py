@@ -1,26 +1,78 @@
-"""One attention function, three backends, equal results.
+"""Causal attention inside segments: several backends, equal results.
 
-"xla" runs everywhere, "splash" is the TPU kernel, "cudnn" the GPU one; "auto" chooses by platform
-and shape.
+A backend is an entry of `BACKENDS` at the end of this file, and what differs between them stands in
+it; "auto" takes the first that the platform and the shape allow. Axis letters: B batch, T query
+length, S key length, N heads, K kv heads, H head_dim.
 """
+
+import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from aromni_jax.models.sharding import on_devices, shard
+from aromni_jax import compat
+from aromni_jax.models.sharding import on_devices, platform_of_mesh, shard
 
 Array = jax.Array
 
 _MASKED = -1e30
 
-# Name of what the backward pass needs of the forward pass, see `decoder.REMAT_SAVES`.
+# Name of what the backward pass needs of the forward pass, see `models/remat.py`.
 CONTEXT = "context"
 
 
-def keep_cudnn(primitive, *_, **__) -> bool:
-  """A remat policy: keeps what cuDNN's forward pass returns, which JAX gives no name."""
-  return primitive.name == "dot_product_attention_fwd_wrapper"
+@dataclasses.dataclass(frozen=True)
+class Backend:
+  """One way to compute attention.
+
+  Attributes:
+    name: of it, as `model.attention` has it.
+    run: (q, k, v, segment_ids, max_segments) -> what `attention` returns, in the layout below.
+    heads_first: whether q, k, v and the result are [B, N, T, H], which the decoder then computes
+      from the start, instead of [B, T, N, H].
+    supports: (platform, length, head_dim, dtype) -> whether it can run there.
+    needs: what `supports` asks for, in words.
+    keeps: the remat policy that keeps what its backward pass needs of its forward pass.
+    kept_floats: float32 numbers per token and head that it keeps beside q, k, v and its result.
+  """
+
+  name: str
+  run: Callable[[Array, Array, Array, Array | None, int], Array]
+  heads_first: bool
+  supports: Callable[[str, int, int, str], bool]
+  needs: str
+  keeps: Callable[..., bool]
+  kept_floats: int
+
+
+def choose(
+  name: str, length: int, head_dim: int, dtype: str, platform: str | None = None
+) -> Backend:
+  """Returns the backend of a name.
+
+  Args:
+    name: "auto", or of `BACKENDS`.
+    length: T, positions of a row.
+    head_dim: H.
+    dtype: of q, k and v, e.g. "bfloat16".
+    platform: "cpu", "gpu" or "tpu"; by default the one that is traced for.
+
+  Raises:
+    ValueError: if the backend cannot run there, saying what it needs.
+  """
+  platform = platform or platform_of_mesh()
+  able = [b for b in BACKENDS.values() if b.supports(platform, length, head_dim, dtype)]
+  if name == "auto":
+    return able[0]
+  if BACKENDS[name] not in able:
+    raise ValueError(
+      f"model.attention {name!r} needs {BACKENDS[name].needs}; this is platform {platform}, length "
+      f"{length}, model.head_dim {head_dim}, model.dtype {dtype}. Take 'auto', or one of "
+      f"{', '.join(b.name for b in able)}"
+    )
+  return BACKENDS[name]
 
 
 def attention(
@@ -32,7 +84,7 @@ def attention(
   max_segments: int = 0,
   backend: str = "auto",
 ) -> Array:
-  """Causal attention inside segments.
+  """Causal attention inside segments, by any backend.
 
   Args:
     q: [B, T, N, H]; scaled by H ** -0.5 here.
@@ -42,23 +94,19 @@ def attention(
     max_segments: no row has more runs of equal ids than this, padding counted, and every segment is
       one run; 0 promises nothing. The cuDNN backend then skips other segments instead of masking
       them; a row with more runs has NaN.
-    backend: "auto", "xla", "splash" or "cudnn".
+    backend: "auto", or of `BACKENDS`.
 
   Returns:
     [B, T, N, H] in q's dtype. Softmax is computed in float32.
+
+  Raises:
+    ValueError: as `choose`.
   """
-  if backend == "auto":
-    backend = choose(jax.default_backend(), q.shape[1], q.shape[3], q.dtype.name)
-  if backend == "splash":
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    return splash(q, k, v, segment_ids).swapaxes(1, 2)
-  if backend == "cudnn":
-    return _cudnn(q, k, v, segment_ids, max_segments)
-  length = q.shape[1]
-  mask = jnp.tril(jnp.ones((length, length), bool))[None]
-  if segment_ids is not None:
-    mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
-  return checkpoint_name(masked_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask), CONTEXT)
+  chosen = choose(backend, q.shape[1], q.shape[3], q.dtype.name)
+  if chosen.heads_first:
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, N, T, H], [B, K, T, H] twice
+  out = chosen.run(q, k, v, segment_ids, max_segments)
+  return out.swapaxes(1, 2) if chosen.heads_first else out  # [B, T, N, H]
 
 
 def masked_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
@@ -69,20 +117,22 @@ def masked_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
       one piece. mask: bool[B, T, S], True where a query sees a key.
   """
   batch, length, heads, head_dim = q.shape
-  q = q.reshape(batch, length, k.shape[1], heads // k.shape[1], head_dim)
+  groups = k.shape[1]
+  q = q.reshape(batch, length, groups, heads // groups, head_dim)  # [B, T, K, N / K, H]
   scores = jnp.einsum("btkgh,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
   scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, _MASKED)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return jnp.einsum("bkgts,bksh->btkgh", weights, v).reshape(batch, length, heads, head_dim)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)  # [B, K, N / K, T, S]
+  out = jnp.einsum("bkgts,bksh->btkgh", weights, v)
+  return out.reshape(batch, length, heads, head_dim)  # [B, T, N, H]
 
 
-def choose(platform: str, length: int, head_dim: int, dtype: str = "bfloat16") -> str:
-  """Returns the fastest backend of a platform for a shape."""
-  if platform == "tpu" and length % 128 == 0 and head_dim % 64 == 0:
-    return "splash"
-  if platform == "gpu" and dtype == "bfloat16" and head_dim <= 128:
-    return "cudnn"
-  return "xla"
+def _xla(q: Array, k: Array, v: Array, segment_ids: Array | None, max_segments: int) -> Array:
+  del max_segments
+  length = q.shape[1]
+  mask = jnp.tril(jnp.ones((length, length), bool))[None]  # [1, T, T]
+  if segment_ids is not None:
+    mask &= segment_ids[:, :, None] == segment_ids[:, None, :]  # [B, T, T]
+  return checkpoint_name(masked_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask), CONTEXT)
 
 
 def _cudnn(q: Array, k: Array, v: Array, segment_ids: Array | None, max_segments: int) -> Array:
@@ -90,34 +140,22 @@ def _cudnn(q: Array, k: Array, v: Array, segment_ids: Array | None, max_segments
     return _cudnn_packed(q, k, v, segment_ids, max(max_segments, 2))
   mask = None
   if segment_ids is not None:
-    mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]  # [B, 1, T, T]
   return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
 
 
 def _cudnn_packed(q: Array, k: Array, v: Array, segment_ids: Array, max_segments: int) -> Array:
-  """The kernel for packed rows, which skips other segments. JAX has no public name for it.
+  """The kernel for packed rows, which skips other segments.
 
   Its backward pass works in 4 * B * max_segments * T * N * H bytes, so the number should be tight.
   """
-  from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
-
   offsets, sizes, fits = _runs(segment_ids, max_segments)
   offsets, sizes = (shard(x, "act_batch", None) for x in (offsets, sizes))  # as q, k and v
   # NaN where the promise is broken. Of q, since the product fuses with its rotation.
   q *= jnp.where(fits, 1, jnp.nan).astype(q.dtype)[:, None, None, None]
   # jax 0.10.2 takes the offsets of k and v for those of q, so they need as many heads.
-  k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-  return dot_product_attention(
-    q,
-    k,
-    v,
-    q_seqlen=sizes,
-    kv_seqlen=sizes,
-    q_offsets=offsets,
-    kv_offsets=offsets,
-    scale=q.shape[-1] ** -0.5,
-    mask_type=MaskType.PADDING_CAUSAL,
-  )
+  k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))  # [B, T, N, H]
+  return compat.cudnn_attention(q, k, v, offsets, sizes)
 
 
 def _runs(segment_ids: Array, count: int) -> tuple[Array, Array, Array]:
@@ -133,10 +171,11 @@ def _runs(segment_ids: Array, count: int) -> tuple[Array, Array, Array]:
   """
   length = segment_ids.shape[1]
   starts = segment_ids[:, 1:] != segment_ids[:, :-1]
-  starts = jnp.pad(starts, ((0, 0), (1, 0)), constant_values=True)
+  starts = jnp.pad(starts, ((0, 0), (1, 0)), constant_values=True)  # bool[B, T]
   fits = jnp.sum(starts, axis=1) <= count
   starts = jnp.sort(jnp.where(starts, jnp.arange(length, dtype=jnp.int32), length))
-  starts = jnp.pad(starts, ((0, 0), (0, count + 1)), constant_values=length)[:, : count + 1]
+  starts = jnp.pad(starts, ((0, 0), (0, count + 1)), constant_values=length)
+  starts = starts[:, : count + 1]  # [B, count + 1]
   sizes = jnp.where(starts[:, :-1] < length, jnp.diff(starts), -1)
   offsets = jnp.where(starts < length, starts, -1).at[:, -1].set(-1)
   return offsets, sizes, fits
@@ -157,7 +196,7 @@ def splash(
   """
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 
-  k, v = (jnp.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
+  k, v = (jnp.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))  # [B, N, T, H]
   if segment_ids is None:
     segment_ids = jnp.zeros((q.shape[0], q.shape[2]), jnp.int32)
 
@@ -203,3 +242,48 @@ def _block_sizes(length: int):
     block_q_dq=block,
     block_kv_dq=block,
   )
+
+
+_NAMED = jax.checkpoint_policies.save_only_these_names(CONTEXT)
+
+# The first that supports a shape is what "auto" takes.
+BACKENDS: dict[str, Backend] = {
+  backend.name: backend
+  for backend in (
+    Backend(
+      name="splash",
+      run=lambda q, k, v, segment_ids, _: splash(q, k, v, segment_ids),
+      heads_first=True,
+      supports=lambda platform, length, head_dim, dtype: (
+        platform == "tpu" and length % 128 == 0 and head_dim % 64 == 0
+      ),
+      needs="a TPU, a length of whole 128s and a model.head_dim of whole 64s",
+      keeps=_NAMED,
+      kept_floats=1,  # the logarithm of the softmax's denominator
+    ),
+    Backend(
+      name="cudnn",
+      run=_cudnn,
+      heads_first=False,
+      supports=lambda platform, length, head_dim, dtype: (
+        platform == "gpu"
+        and length % 2 == 0
+        and head_dim % 8 == 0
+        and head_dim <= 128
+        and dtype == "bfloat16"
+      ),
+      needs="a GPU, an even length, a model.head_dim of whole 8s up to 128 and bfloat16",
+      keeps=lambda primitive, *_, **__: primitive.name == compat.CUDNN_FORWARD,
+      kept_floats=1,  # the same
+    ),
+    Backend(
+      name="xla",
+      run=_xla,
+      heads_first=False,
+      supports=lambda *_: True,
+      needs="nothing",
+      keeps=_NAMED,
+      kept_floats=0,  # the softmax is computed again
+    ),
+  )
+}

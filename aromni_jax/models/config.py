@@ -4,10 +4,13 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from aromni_jax.models.attention import BACKENDS
+from aromni_jax.models.remat import REMAT
+
 _CHOICES = {
   "norm_placement": ("pre", "swin"),
-  "remat_policy": ("full", "mlp", "up", "norms", "none"),
-  "attention": ("auto", "xla", "splash", "cudnn"),
+  "remat_policy": tuple(REMAT),
+  "attention": ("auto", *BACKENDS),
   "dtype": ("float32", "bfloat16"),
   "param_dtype": ("float32", "bfloat16"),
 }
@@ -28,11 +31,11 @@ class DecoderConfig:
     norm_placement: "pre", or "swin": norms act on the branches' outputs (AR-Omni section 3).
     dtype, param_dtype: of computation and of parameters.
     remat_policy: what the backward pass computes again of a layer: "full" everything, "mlp" the
-      MLP but its last product, "up" one product of it, "norms" all but products, "none" nothing.
-      docs/scale.md has the memory and time of each.
+      MLP but its last product, "up" one product of it, "norms" all but products, "none" nothing;
+      see `models/remat.py`. docs/scale.md has the memory and time of each.
     scan_layers: one compiled layer in a loop, or `num_layers` copies of it.
     init_std: standard deviation of the initial weights.
-    attention: backend, see `models/attention.py`.
+    attention: "auto" or the name of a backend, see `models/attention.py`.
     max_segments: no row of a batch has more samples than this, padding counted as one; 0 if that is
       not known. With it, packed rows are faster on GPUs.
   """

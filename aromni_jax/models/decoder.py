@@ -6,21 +6,15 @@ N heads, K kv heads, H head_dim, D embed, F mlp, V vocabulary, L layers.
 """
 
 import dataclasses
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from aromni_jax.models.attention import (
-  CONTEXT,
-  attention,
-  choose,
-  keep_cudnn,
-  masked_attention,
-  splash,
-)
+from aromni_jax.models import remat
+from aromni_jax.models.attention import choose, masked_attention
 from aromni_jax.models.config import DecoderConfig
 from aromni_jax.models.sharding import RULES, lookup, product, shard, weight
 
@@ -144,23 +138,59 @@ class Attention(nnx.Module):
     segment_ids: Array | None,
     cache: tuple[Array, Array] | None,
   ) -> tuple[Array, tuple[Array, Array] | None]:
-    c = self.config
-    batch, length, _ = x.shape
-    if self.k is None:  # see `unroll`
-      ends = c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim
-      q, k, v = jnp.split(self.q(x), ends, axis=-1)
+    """Returns [B, T, D] and the new cache of the layer.
+
+    Args:
+      x: [B, T, D].
+      rotary: of the positions, see `rotary_angles`.
+      positions: int32[B, T]; slots of the cache.
+      segment_ids: int32[B, T], without a cache.
+      cache: keys and values [B, K, S, H] of earlier steps; None attends to x alone.
+    """
+    q, k, v = self._project(x)
+    if cache is None:
+      out = self._attend(q, k, v, rotary, segment_ids)
     else:
-      q, k, v = (checkpoint_name(f(x), "qkv") for f in (self.q, self.k, self.v))
-    q = q.reshape(batch, length, c.num_heads, c.head_dim)
-    k = k.reshape(batch, length, c.num_kv_heads, c.head_dim)
-    v = v.reshape(batch, length, c.num_kv_heads, c.head_dim)
-    backend = c.attention
-    if backend == "auto":
-      backend = choose(jax.default_backend(), length, c.head_dim, c.dtype)
-    # The TPU kernel has heads first; what comes before it is faster in that order, too.
-    heads_first = cache is None and backend == "splash"
-    if heads_first:
-      q, k, v, *rotary = (x.swapaxes(1, 2) for x in (q, k, v, *rotary))
+      out, cache = self._attend_to_cache(q, k, v, rotary, positions, cache)
+    out = out.reshape(*x.shape[:2], -1)  # [B, T, N * H]
+    return checkpoint_name(self.out(out), "attention_out"), cache  # [B, T, D]
+
+  def _project(self, x: Array) -> tuple[Array, Array, Array]:
+    """[B, T, D] -> q [B, T, N, H], k and v [B, T, K, H]."""
+    c = self.config
+    if self.k is None:  # joined by `unroll`
+      ends = c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim
+      projected = jnp.split(self.q(x), ends, axis=-1)
+    else:
+      projected = [checkpoint_name(f(x), "qkv") for f in (self.q, self.k, self.v)]
+    counts = c.num_heads, c.num_kv_heads, c.num_kv_heads
+    return tuple(
+      y.reshape(*x.shape[:2], count, c.head_dim) for y, count in zip(projected, counts, strict=True)
+    )
+
+  def _attend(self, q, k, v, rotary, segment_ids) -> Array:
+    """Training, and whatever else has whole rows: [B, T, N, H] of what `_project` gives."""
+    c = self.config
+    backend = choose(c.attention, q.shape[1], c.head_dim, c.dtype)
+    if backend.heads_first:  # what comes before the kernel is faster in its order, too
+      q, k, v, *rotary = (x.swapaxes(1, 2) for x in (q, k, v, *rotary))  # [B, N, T, H] ...
+    q, k, v = self._normalise_and_rotate(q, k, v, rotary, backend.heads_first)
+    out = backend.run(q, k, v, segment_ids, c.max_segments)
+    return out.swapaxes(1, 2) if backend.heads_first else out
+
+  def _attend_to_cache(self, q, k, v, rotary, positions, cache) -> tuple[Array, Any]:
+    """Steps of generation: [B, T, N, H], and the cache with their keys and values."""
+    q, k, v = self._normalise_and_rotate(q, k, v, rotary, heads_first=False)
+    rows = jnp.arange(len(q))[:, None]
+    k_all, v_all = (  # [B, K, S, H]
+      old.at[rows, :, positions].set(new) for old, new in zip(cache, (k, v), strict=True)
+    )
+    slots = jnp.arange(k_all.shape[2])
+    out = masked_attention(q, k_all, v_all, slots <= positions[..., None])  # mask [B, T, S]
+    return out, (k_all, v_all)
+
+  def _normalise_and_rotate(self, q, k, v, rotary, heads_first: bool):
+    """Norms and rotary positions of q and k, and the places of all three on the mesh."""
 
     def place(x: Array, heads: str) -> Array:
       length_and_heads = (heads, "act_length") if heads_first else ("act_length", heads)
@@ -168,22 +198,7 @@ class Attention(nnx.Module):
 
     q = place(rotate(self.q_norm(q, heads_first), *rotary), "act_heads")
     k = place(rotate(self.k_norm(k, heads_first), *rotary), "act_kv_heads")
-    v = place(v, "act_kv_heads")
-    if heads_first:
-      out = splash(q, k, v, segment_ids).swapaxes(1, 2)
-    elif cache is None:
-      out = attention(
-        q, k, v, segment_ids=segment_ids, max_segments=c.max_segments, backend=backend
-      )
-    else:
-      rows = jnp.arange(batch)[:, None]
-      k_all, v_all = (
-        old.at[rows, :, positions].set(new) for old, new in zip(cache, (k, v), strict=True)
-      )
-      cache = k_all, v_all
-      slots = jnp.arange(k_all.shape[2])
-      out = masked_attention(q, k_all, v_all, slots <= positions[..., None])
-    return checkpoint_name(self.out(out.reshape(batch, length, -1)), "attention_out"), cache
+    return q, k, place(v, "act_kv_heads")
 
 
 class MLP(nnx.Module):
@@ -197,12 +212,12 @@ class MLP(nnx.Module):
     self.down = Linear(c.mlp_dim, c.embed_dim, ("mlp", "embed"), c, std=out_std, rngs=rngs)
 
   def __call__(self, x: Array) -> Array:
-    if self.up is None:  # see `unroll`
+    if self.up is None:  # joined by `unroll`
       gate, up = jnp.split(self.gate(x), 2, axis=-1)
     else:
       gate, up = checkpoint_name(self.gate(x), "mlp_gate"), checkpoint_name(self.up(x), "mlp_up")
-    h = jax.nn.silu(gate) * up
-    return checkpoint_name(self.down(shard(h, "act_batch", "act_length", "act_mlp")), "mlp_out")
+    h = shard(jax.nn.silu(gate) * up, "act_batch", "act_length", "act_mlp")  # [B, T, F]
+    return checkpoint_name(self.down(h), "mlp_out")  # [B, T, D]
 
 
 class Layer(nnx.Module):
@@ -217,6 +232,7 @@ class Layer(nnx.Module):
     self.mlp = MLP(config, rngs=rngs)
 
   def __call__(self, x, rotary, positions, segment_ids, cache):
+    """Returns [B, T, D] and the new cache of the layer; arguments are those of `Attention`."""
     x = shard(x, "act_batch", "act_length", "act_embed")
     h = x if self.swin else self.attention_norm(x)
     h, cache = self.attention(h, rotary, positions, segment_ids, cache)
@@ -224,25 +240,6 @@ class Layer(nnx.Module):
     h = self.mlp(x if self.swin else self.mlp_norm(x))
     x = x + (self.mlp_norm(h) if self.swin else h)
     return x, cache
-
-
-# Remat policy -> names of what a layer keeps for the backward pass besides its input.
-_ATTENTION = ("qkv", CONTEXT, "attention_out")
-REMAT_SAVES = {
-  "full": (),
-  "mlp": (*_ATTENTION, "mlp_out"),
-  "up": (*_ATTENTION, "mlp_out", "mlp_gate"),
-  "norms": (*_ATTENTION, "mlp_out", "mlp_gate", "mlp_up"),
-}
-
-
-def _remat(body: Callable, policy: str) -> Callable:
-  if policy == "none":
-    return body
-  saves = jax.checkpoint_policies.save_only_these_names(*REMAT_SAVES[policy])
-  if CONTEXT in REMAT_SAVES[policy]:
-    saves = jax.checkpoint_policies.save_from_both_policies(saves, keep_cudnn)
-  return jax.checkpoint(body, policy=saves, prevent_cse=False)
 
 
 class Decoder(nnx.Module):
@@ -283,7 +280,7 @@ class Decoder(nnx.Module):
         later steps overwrite its slots.
     """
     c = self.config
-    x = lookup(self.embedding[...], tokens, c.compute_dtype)
+    x = lookup(self.embedding[...], tokens, c.compute_dtype)  # [B, T, D]
     rotary = rotary_angles(positions, c, c.compute_dtype)
     graphdef, layers = self._split_layers()
 
@@ -292,7 +289,7 @@ class Decoder(nnx.Module):
       return nnx.merge(graphdef, params)(x, rotary, positions, segment_ids, layer_cache)
 
     if cache is None:
-      body = _remat(body, c.remat_policy)
+      body = remat.checkpoint(body, c.remat_policy)
       if isinstance(layers, nnx.State) and c.scan_layers:
         x, _ = jax.lax.scan(body, x, (layers, None))
         return self.norm(x)

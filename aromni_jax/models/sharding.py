@@ -84,6 +84,13 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
   return Mesh(array, MESH_AXES, axis_types=types)
 
 
+def platform_of_mesh() -> str:
+  """Returns "cpu", "gpu" or "tpu": of the devices of the current mesh, which need not be here, or
+  without a mesh of JAX's default ones."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device is not None else jax.default_backend()
+
+
 def spec(*names: str | None) -> PartitionSpec:
   """Returns the PartitionSpec of logical axis names. Raises KeyError for an unknown name."""
   return PartitionSpec(*(None if name is None else RULES[name] for name in names))
@@ -292,6 +299,31 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of [B, T] batches: rows over data and fsdp."""
   return NamedSharding(mesh, spec("act_batch", "act_length"))
+
+
+def reader_of(rows: NamedSharding) -> tuple[int, int]:
+  """Returns which part of a batch this process reads, and how many parts there are.
+
+  Parts are counted in the order of their rows. Processes whose devices share rows
+  (`config.mesh.tensor` beyond one of them) read the same part.
+
+  Args:
+    rows: of a batch, as `batch_sharding` gives it.
+
+  Raises:
+    ValueError: if parts overlap, or have unequal numbers of rows.
+  """
+  size = rows.num_devices  # so many rows can be split over any mesh of these devices
+  read: dict[int, set[int]] = {}  # process -> its rows
+  for device, (index, _) in rows.devices_indices_map((size, size)).items():
+    read.setdefault(device.process_index, set()).update(range(*index.indices(size)))
+  parts = sorted({tuple(sorted(part)) for part in read.values()})
+  if len(parts) * len(parts[0]) != size or len({row for part in parts for row in part}) != size:
+    raise ValueError(
+      f"config.mesh {dict(rows.mesh.shape)} gives processes parts of a batch that overlap: "
+      "config.mesh.tensor must divide the devices of a process, or be a multiple of them"
+    )
+  return parts.index(tuple(sorted(read[jax.process_index()]))), len(parts)
 
 
 def table_sharding(mesh: Mesh) -> NamedSharding:
