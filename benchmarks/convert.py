@@ -1,4 +1,4 @@
-"""A random decoder of full size in layout B on disk -> ours -> B again, with time and memory.
+"""A random decoder of full size in layout ar_omni on disk -> ours -> back, with time and memory.
 
   python -m benchmarks.convert --dir=/big/disk [--layers=32] [--verify]
 
@@ -21,8 +21,9 @@ from absl import app, flags, logging
 from safetensors.numpy import save_file
 
 from aromni_jax import logs
-from aromni_jax.convert import decoder_names, decoders
-from aromni_jax.convert.logits import hf_config
+from aromni_jax.convert import decoders
+from aromni_jax.convert.layouts import LAYOUTS
+from aromni_jax.convert.writers import hf_config
 from aromni_jax.models.config import DecoderConfig
 from tests import released
 
@@ -33,7 +34,8 @@ _VERIFY = flags.DEFINE_bool("verify", False, "Also compares logits with transfor
 
 
 def make_release(folder: pathlib.Path, config: DecoderConfig) -> None:
-  """Writes random weights in layout B, a safetensors file per layer, and a tokenizer."""
+  """Writes random weights in layout ar_omni, a safetensors file per layer, and a tokenizer."""
+  layout = LAYOUTS["ar_omni"]
   folder.mkdir(parents=True)
   rng = np.random.default_rng(0)
   place: dict[str, str] = {}
@@ -41,14 +43,14 @@ def make_release(folder: pathlib.Path, config: DecoderConfig) -> None:
   def write(file: str, entries: dict[str, str]) -> None:
     arrays = {}
     for name, path in entries.items():
-      shape = decoder_names.shape(path, "B", config)
+      shape = layout.shape(path, config)
       scale, offset = (0.1, "scale" in path) if len(shape) == 1 else (shape[-1] ** -0.5, 0)
       values = rng.standard_normal(shape, np.float32)
       arrays[name] = (offset + scale * values).astype(ml_dtypes.bfloat16)
     save_file(arrays, folder / file, metadata={"format": "pt"})
     place.update(dict.fromkeys(arrays, file))
 
-  table = decoder_names.names("B", config.num_layers)
+  table = layout.names(config.num_layers)
   write("model-top.safetensors", {ns[0]: p for p, ns in table.items() if len(ns) == 1})
   for i in range(config.num_layers):
     entries = {ns[i]: p for p, ns in table.items() if p.startswith("layers.")}
@@ -84,7 +86,7 @@ def run(*arguments: str) -> dict[str, float]:
 
 
 def same(first: pathlib.Path, second: pathlib.Path) -> bool:
-  """Whether two layout B folders hold the same bits under the same names."""
+  """Whether two folders hold the same bits under the same names."""
   a, b = decoders.find_decoder(first).tensors, decoders.find_decoder(second).tensors
   return a.keys() == b.keys() and all(
     a[n].dtype == b[n].dtype and a[n].read().tobytes() == b[n].read().tobytes() for n in a
@@ -98,22 +100,22 @@ def main(argv: list[str]) -> None:
   start = time.monotonic()
   shutil.rmtree(folder, ignore_errors=True)
   try:
-    make_release(folder / "B", config)
+    make_release(folder / "source", config)
     made = time.monotonic() - start
     logging.info("Wrote random weights in %.0f s.", made)
     start = time.monotonic()
-    shutil.copytree(folder / "B", folder / "copy")
+    shutil.copytree(folder / "source", folder / "copy")
     copied = time.monotonic() - start
     shutil.rmtree(folder / "copy")
-    source, model, back = (str(folder / name) for name in ("B", "model", "back"))
+    source, model, back = (str(folder / name) for name in ("source", "model", "back"))
     result = {"benchmark": "convert", "parameters": config.num_params()}
     result["largest_tensor_mib"] = 2 * config.vocab_size * config.embed_dim // 2**20
     result["copy_seconds"] = round(copied, 1)
     result["convert"] = run(f"--source={source}", f"--out={model}")
     if _VERIFY.value:
       result["verify"] = run(f"--model={model}", f"--verify_against={source}")
-    result["export"] = run(f"--model={model}", "--format=B", f"--out={back}")
-    result["equal"] = same(folder / "B", folder / "back")
+    result["export"] = run(f"--model={model}", "--format=ar_omni", f"--out={back}")
+    result["equal"] = same(folder / "source", folder / "back")
     print(json.dumps(result))
   finally:
     if not _KEEP.value:

@@ -8,7 +8,8 @@ import numpy as np
 import tokenizers
 from safetensors.numpy import save_file
 
-from aromni_jax.convert import decoder_names, decoders
+from aromni_jax.convert import decoders
+from aromni_jax.convert.layouts import LAYOUTS, get_layout
 from aromni_jax.models.config import DecoderConfig
 from aromni_jax.models.params import put
 from tests import parity
@@ -69,14 +70,14 @@ def decoder_tensors(layout, config=TINY, dtype=ml_dtypes.bfloat16, seed=0):
   """A random state dict; the same function in every layout for the same seed."""
   rng = np.random.default_rng(seed)
   out = {}
-  for path, names in decoder_names.names(layout, config.num_layers).items():
+  layout, made_as = get_layout(layout), LAYOUTS["ar_omni"]
+  for path, names in layout.names(config.num_layers).items():
     for name in names:
-      shape = decoder_names.shape(path, "B", config)
+      shape = made_as.shape(path, config)
       scale, offset = (0.1, "scale" in path) if len(shape) == 1 else (shape[-1] ** -0.5, 0)
       tensor = (offset + scale * rng.normal(size=shape)).astype(dtype)
-      if layout == "C":
-        tensor = decoder_names.from_released(tensor, path, "B", config)
-        tensor = decoder_names.to_released(tensor, path, "C", config)
+      ours = made_as.from_released(tensor, path, config)
+      tensor = layout.to_released(ours, path, config)
       out[name] = np.ascontiguousarray(tensor)
   return out
 
@@ -111,7 +112,7 @@ def write_hugging_face(folder, layout, config=TINY, shards=2, extra=None, **decl
 
 def write_native(folder, config=TINY, **declared):
   """Writes consolidated.pth and params.json; returns the tensors."""
-  tensors = decoder_tensors("A", config)
+  tensors = decoder_tensors("native", config)
   folder.mkdir(parents=True, exist_ok=True)
   torch.save(to_torch(tensors) | {"rope.freqs": None}, folder / "consolidated.pth")
   about = {"dim": config.embed_dim, "n_layers": config.num_layers, "n_heads": config.num_heads}
@@ -195,8 +196,9 @@ def write_root(root):
 def stacked(tensors, layout, config):
   """Our nested dicts of a state dict."""
   params = {}
-  for path, names in decoder_names.names(layout, config.num_layers).items():
-    parts = [decoder_names.from_released(tensors[n], path, layout, config) for n in names]
+  layout = get_layout(layout)
+  for path, names in layout.names(config.num_layers).items():
+    parts = [layout.from_released(tensors[n], path, config) for n in names]
     put(params, path.split("."), np.stack(parts) if path.startswith("layers.") else parts[0])
   return params
 

@@ -2,12 +2,13 @@
 
   aromni convert --source=AR-Omni-Chat-v0.1 --wavtokenizer=WavTokenizer_small_600_24k_4096.ckpt \\
     --out=models/chat
-  aromni convert --model=models/chat --format=A --out=chat_for_ar_omni
+  aromni convert --model=models/chat --format=native --out=chat_for_ar_omni
 
---source is a folder with a decoder in one of the three released layouts: A, native
-(consolidated.pth), B, the Hugging Face fork of AR-Omni and Anole, C, mainline Hugging Face. The
-tokenizer JSON, the VQGAN and WavTokenizer are looked for in it, or named. Files are read tensor by
-tensor, and what was found and computed is written to certificate.json beside the model.
+--source is a folder with a decoder in one of three released layouts: native, Meta's
+consolidated.pth; ar_omni, the Hugging Face fork of AR-Omni and Anole; hf, mainline Hugging Face
+(once named A, B and C, which are read on). The tokenizer JSON, the VQGAN and WavTokenizer are
+looked for in it, or named. Files are read tensor by tensor, and what was found and computed is
+written to certificate.json beside the model.
 """
 
 import pathlib
@@ -17,14 +18,15 @@ from absl import app, flags, logging
 
 from aromni_jax import logs
 from aromni_jax.convert import decoders, exporter, importer, logits
-from aromni_jax.convert.decoder_names import LAYOUTS
+from aromni_jax.convert.layouts import LAYOUTS, get_layout
 from aromni_jax.recipes import RECIPES, get_recipe
 
+_LAYOUTS = [*LAYOUTS, *(layout.alias for layout in LAYOUTS.values())]
 _SOURCE = flags.DEFINE_string("source", None, "Folder of released files to convert.")
 _MODEL = flags.DEFINE_string("model", None, "Model directory to write in a released layout.")
 _OUT = flags.DEFINE_string("out", None, "Folder to write; new or empty.")
-_FORMAT = flags.DEFINE_enum("format", None, LAYOUTS, "Released layout to write --model in.")
-_LAYOUT = flags.DEFINE_enum("layout", None, LAYOUTS, "Decoder to take where --source has two.")
+_FORMAT = flags.DEFINE_enum("format", None, _LAYOUTS, "Released layout to write --model in.")
+_LAYOUT = flags.DEFINE_enum("layout", None, _LAYOUTS, "Decoder to take where --source has two.")
 _VQGAN = flags.DEFINE_string("vqgan", None, "The image codec, vqgan.ckpt.")
 _WAVTOKENIZER = flags.DEFINE_string("wavtokenizer", None, "The speech codec, a .ckpt.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer, a JSON.")
@@ -65,9 +67,10 @@ def main(argv: list[str]) -> None:
       if _OUT.value is None:
         raise ValueError("--out is missing: the folder to write")
       exporter.export(_MODEL.value, _OUT.value, _FORMAT.value)
-      logging.info("Wrote %s in layout %s.", _OUT.value, _FORMAT.value)
+      logging.info("Wrote %s in layout %s.", _OUT.value, get_layout(_FORMAT.value).name)
     elif not _VERIFY.value:
-      raise ValueError("--format is missing: which released layout to write (A, B or C)")
+      names = ", ".join(LAYOUTS)
+      raise ValueError(f"--format is missing: which released layout to write ({names})")
     if _VERIFY.value:
       _verify(_MODEL.value or _OUT.value, pathlib.Path(_VERIFY.value))
 

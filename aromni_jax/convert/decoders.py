@@ -1,6 +1,6 @@
 """Finds the decoder in a folder of released files, and says which tensor becomes what.
 
-The layout is told by the files and by the rank of the q/k norms; the configuration is read from the
+The layout is told by the names and by the rank of the q/k norms; the configuration is read from the
 shapes, and must agree with the configuration file that lies beside the weights.
 """
 
@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from aromni_jax.convert import decoder_names, sources
+from aromni_jax.convert import sources
+from aromni_jax.convert.layouts import LAYOUTS, Layout, get_layout, is_head_norm
 from aromni_jax.convert.sources import Tensors
 from aromni_jax.models.config import DecoderConfig
 from aromni_jax.models.params import put
@@ -21,26 +22,8 @@ from aromni_jax.storage import Streamed
 VQ_PREFIX = "model.vqmodel."
 # Folders that AR-Omni's loader and the hubs have.
 _FOLDERS = ("", "models/7b", "models/30b")
-_HF_FILES = (
-  "model.safetensors.index.json",
-  "model.safetensors",
-  "pytorch_model.bin.index.json",
-  "pytorch_model.bin",
-)
-_NATIVE_FILES = ("consolidated.safetensors", "consolidated.pth")
 # In the files but not in the function: rotary frequencies, which are computed.
 _SKIPPED = ("rope.freqs", "rotary_emb.inv_freq")
-# DecoderConfig field -> names in `params.json` and in `config.json`.
-_DECLARED = {
-  "vocab_size": ("vocab_size", "vocab_size"),
-  "embed_dim": ("dim", "hidden_size"),
-  "mlp_dim": ("ffn_dim", "intermediate_size"),
-  "num_layers": ("n_layers", "num_hidden_layers"),
-  "num_heads": ("n_heads", "num_attention_heads"),
-  "num_kv_heads": ("n_kv_heads", "num_key_value_heads"),
-  "norm_eps": ("norm_eps", "rms_norm_eps"),
-  "rope_theta": ("rope_theta", "rope_theta"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +31,14 @@ class ReleasedDecoder:
   """A decoder in released files.
 
   Attributes:
-    layout: "A", "B" or "C". config: its shape.
+    layout: which one it has. config: its shape.
     tensors: by the names of the layout, all that the decoder needs.
     vq: the image codec's tensors among the files, without their prefix.
     skipped: name -> why a tensor is not converted.
     files: configuration files that were read.
   """
 
-  layout: str
+  layout: Layout
   config: DecoderConfig
   tensors: Tensors
   vq: Tensors
@@ -70,7 +53,7 @@ def find_decoder(
 
   Args:
     source: folder of released files.
-    layout: which one to take where the folder has two; found by itself otherwise.
+    layout: name of the one to take where the folder has two; found by itself otherwise.
     swin_norm: where no configuration file says it.
 
   Raises:
@@ -78,20 +61,21 @@ def find_decoder(
     ValueError: if files are damaged, of another model family, or contradict each other; if there
       are two decoders and no `layout`.
   """
-  file = _find_file(source, layout)
+  wanted = None if layout is None else get_layout(layout)
+  file = _find_file(source, wanted)
   read = sources.read_sharded if file.suffix == ".json" else sources.read_file
   tensors = read(file)
   vq = {n.removeprefix(VQ_PREFIX): t for n, t in tensors.items() if n.startswith(VQ_PREFIX)}
   skipped = {n: "rotary frequencies are computed" for n in tensors if n.endswith(_SKIPPED)}
   tensors = {n: t for n, t in tensors.items() if not n.startswith(VQ_PREFIX) and n not in skipped}
   found = _layout_of(tensors, file)
-  if layout and found != layout:
-    raise ValueError(f"{file} has layout {found}, not {layout} as --layout says")
+  if wanted not in (None, found):
+    raise ValueError(f"{file} has layout {found.name}, not {wanted.name} as --layout says")
   declared, files = _declared(file.parent, found)
   tensors = _split_fused(tensors, declared)
   config = _make_config(tensors, found, declared, swin_norm, file)
   _check_cover(tensors, found, config, file)
-  if found == "C" and not _heads_agree(tensors, config):
+  if found.per_head and not _heads_agree(tensors, found, config):
     config = dataclasses.replace(config, per_head_norm=True)
   return ReleasedDecoder(found, config, tensors, vq, skipped, files)
 
@@ -100,7 +84,7 @@ def leaves(decoder: ReleasedDecoder) -> tuple[dict, dict[str, str]]:
   """Returns the parameters as nested dicts of `Streamed`, and source name -> our name."""
   params: dict = {}
   mapping: dict[str, str] = {}
-  for path, names in decoder_names.names(decoder.layout, decoder.config.num_layers).items():
+  for path, names in decoder.layout.names(decoder.config.num_layers).items():
     first = decoder.tensors[names[0]]
     others = [n for n in names if decoder.tensors[n].dtype != first.dtype]
     if others:
@@ -120,29 +104,25 @@ def leaves(decoder: ReleasedDecoder) -> tuple[dict, dict[str, str]]:
 
 def _our_shape(path: str, decoder: ReleasedDecoder) -> tuple[int, ...]:
   layout, config = decoder.layout, decoder.config
-  tensor = np.broadcast_to(np.zeros((), np.int8), decoder_names.shape(path, layout, config))
-  return decoder_names.from_released(tensor, path, layout, config).shape
+  tensor = np.broadcast_to(np.zeros((), np.int8), layout.shape(path, config))
+  return layout.from_released(tensor, path, config).shape
 
 
 def _piece(
   decoder: ReleasedDecoder, name: str, path: str, stacked: bool
 ) -> Callable[[], np.ndarray]:
   def make() -> np.ndarray:
-    out = decoder_names.from_released(
-      decoder.tensors[name].read(), path, decoder.layout, decoder.config
-    )
+    out = decoder.layout.from_released(decoder.tensors[name].read(), path, decoder.config)
     return out[None] if stacked else out
 
   return make
 
 
-def _find_file(source: pathlib.Path, layout: str | None) -> pathlib.Path:
+def _find_file(source: pathlib.Path, layout: Layout | None) -> pathlib.Path:
   if not source.is_dir():
     raise FileNotFoundError(f"--source {source} is not a folder; expected released model files")
-  names = {"A": _NATIVE_FILES, "B": _HF_FILES, "C": _HF_FILES}
-  names = names[layout] if layout else _HF_FILES + _NATIVE_FILES
-  # Of one family in one folder the first counts, safetensors before pickles.
-  families = [family for family in (_HF_FILES, _NATIVE_FILES) if family[0] in names]
+  layouts = [layout] if layout else list(LAYOUTS.values())
+  families = dict.fromkeys(each.files for each in layouts)  # some layouts share their file names
   places = [[source / folder / name for name in f] for folder in _FOLDERS for f in families]
   firsts = [next(filter(pathlib.Path.is_file, files), None) for files in places]
   found = [file for file in firsts if file is not None]
@@ -154,47 +134,42 @@ def _find_file(source: pathlib.Path, layout: str | None) -> pathlib.Path:
     )
   if not found:
     raise FileNotFoundError(
-      f"{source} has no decoder; expected one of {', '.join(names)}, there or in models/7b"
+      f"{source} has no decoder; expected one of {', '.join(sum(families, ()))}, there or in "
+      "models/7b"
     )
   if len(found) > 1:
+    choices = ", ".join(f"{each.name} ({each.about})" for each in layouts)
     raise ValueError(
-      f"{source} has more than one decoder: {', '.join(str(f) for f in found)}. Say which one with "
-      "--layout=A (consolidated) or --layout=B or C (Hugging Face), or name a folder with one"
+      f"{source} has more than one decoder: {', '.join(str(f) for f in found)}. Name a folder with "
+      f"one, or say which with --layout={choices}"
     )
   return found[0]
 
 
-def _layout_of(tensors: Tensors, file: pathlib.Path) -> str:
-  native = any(n.startswith("tok_embeddings.") for n in tensors)
-  hugging_face = any(n.startswith("model.embed_tokens.") for n in tensors)
-  if native and hugging_face:
-    raise ValueError(f"{file} mixes native and Hugging Face names; expected one layout")
-  norm = "layers.0.attention.q_normalization.weight" if native else ""
-  norm = "model.layers.0.self_attn.q_norm.weight" if hugging_face else norm
-  if norm not in tensors:
-    some = ", ".join(sorted(tensors)[:3])
-    raise ValueError(
-      f"{file} is not a Chameleon decoder: it has no q/k norms (its tensors: {some} ...). Expected "
-      "AR-Omni, Anole or Chameleon weights"
-    )
-  if native:
-    return "A"
-  return "C" if len(tensors[norm].shape) == 2 else "B"
+def _layout_of(tensors: Tensors, file: pathlib.Path) -> Layout:
+  named = [layout for layout in LAYOUTS.values() if layout.is_of(tensors)]
+  if len({layout.tensors["embedding"] for layout in named}) > 1:
+    names = ", ".join(layout.name for layout in named)
+    raise ValueError(f"{file} mixes the names of the layouts {names}; expected those of one")
+  for layout in named:
+    norm = tensors.get(layout.names(1)["layers.attention.q_norm.scale"][0])
+    if norm is not None and len(norm.shape) == 1 + layout.per_head:
+      return layout
+  some = ", ".join(sorted(tensors)[:3])
+  raise ValueError(
+    f"{file} is not a Chameleon decoder: it has no q/k norms (its tensors: {some} ...). Expected "
+    "AR-Omni, Anole or Chameleon weights"
+  )
 
 
-def _declared(folder: pathlib.Path, layout: str) -> tuple[dict[str, Any], tuple[pathlib.Path, ...]]:
+def _declared(
+  folder: pathlib.Path, layout: Layout
+) -> tuple[dict[str, Any], tuple[pathlib.Path, ...]]:
   """Fields of `DecoderConfig` (and `swin_norm`) that configuration files state."""
-  column = int(layout != "A")
-  names = ("config.json",) if column else ("params.json", "consolidate_params.json")
-  files = tuple(folder / name for name in names if (folder / name).is_file())
+  files = tuple(folder / name for name in layout.configs if (folder / name).is_file())
   out: dict[str, Any] = {}
   for file in files:
-    data = sources.read_json(file)
-    family = data.get("model_type", "chameleon")
-    if column and family != "chameleon":
-      raise ValueError(f"{file}: model_type is {family}; expected chameleon")
-    if not column and isinstance(data.get("model"), dict):
-      data = data | data["model"]
+    data = layout.read_config(sources.read_json(file), file)
     rope = (data.get("rope_parameters") or {}) | (data.get("rope_scaling") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
@@ -203,12 +178,10 @@ def _declared(folder: pathlib.Path, layout: str) -> tuple[dict[str, Any], tuple[
       raise ValueError(f"{file}: hidden_act is {activation}; expected silu")
     theta = rope.get("rope_theta")
     data = data | ({"rope_theta": theta} if theta is not None else {})
-    stated = {f: data.get(pair[column]) for f, pair in _DECLARED.items()}
+    stated = {field: data.get(name) for field, name in layout.fields.items()}
     stated["swin_norm"] = data.get("swin_norm")
     for field, value in stated.items():
-      if value is None or (layout == "A" and value == -1):  # -1: as the shapes say
-        continue
-      if out.setdefault(field, value) != value:
+      if value is not None and out.setdefault(field, value) != value:
         raise ValueError(f"{file}: {field} is {value}, but {out[field]} in {files[0].name}")
     if data.get("qk_normalization") is False or data.get("qk_layernorm") is False:
       raise ValueError(f"{file} says that there are no q/k norms, but the weights have them")
@@ -216,10 +189,10 @@ def _declared(folder: pathlib.Path, layout: str) -> tuple[dict[str, Any], tuple[
 
 
 def _make_config(
-  tensors: Tensors, layout: str, declared: dict, swin_norm: bool | None, file: pathlib.Path
+  tensors: Tensors, layout: Layout, declared: dict, swin_norm: bool | None, file: pathlib.Path
 ) -> DecoderConfig:
   """The configuration that shapes and configuration files agree on."""
-  names = decoder_names.names(layout, 1)
+  names = layout.names(1)
 
   def shape(path: str) -> tuple[int, ...]:
     name = names[path][0]
@@ -269,14 +242,16 @@ def _make_config(
   )
 
 
-def _check_cover(tensors: Tensors, layout: str, config: DecoderConfig, file: pathlib.Path) -> None:
+def _check_cover(
+  tensors: Tensors, layout: Layout, config: DecoderConfig, file: pathlib.Path
+) -> None:
   """Every tensor has a place and every place a tensor, of the right shape."""
-  table = decoder_names.names(layout, config.num_layers)
-  wanted = {n: decoder_names.shape(path, layout, config) for path, ns in table.items() for n in ns}
+  table = layout.names(config.num_layers)
+  wanted = {name: layout.shape(path, config) for path, names in table.items() for name in names}
   missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
   if missing or extra:
     raise ValueError(
-      f"{file} is not a whole Chameleon decoder of layout {layout}: missing {missing[:4]} "
+      f"{file} is not a whole Chameleon decoder of layout {layout.name}: missing {missing[:4]} "
       f"({len(missing)}), without a place {extra[:4]} ({len(extra)})"
     )
   for name, shape in wanted.items():
@@ -286,10 +261,10 @@ def _check_cover(tensors: Tensors, layout: str, config: DecoderConfig, file: pat
       )
 
 
-def _heads_agree(tensors: Tensors, config: DecoderConfig) -> bool:
-  """Whether the norms of layout C are the same for all heads, as they were when converted."""
-  for path, names in decoder_names.names("C", config.num_layers).items():
-    if ".q_norm." in path or ".k_norm." in path:
+def _heads_agree(tensors: Tensors, layout: Layout, config: DecoderConfig) -> bool:
+  """Whether norms that stand once per head are the same for all, as they were when converted."""
+  for path, names in layout.names(config.num_layers).items():
+    if is_head_norm(path):
       for name in names:
         norm = tensors[name].read()
         if (norm != norm[:1]).any():

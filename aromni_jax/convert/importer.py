@@ -35,7 +35,7 @@ class Sources:
 
   Attributes:
     folder: of the decoder. vqgan, wavtokenizer, tokenizer, perception: single files.
-    layout: decoder layout to take where the folder has two.
+    layout: name of the decoder's layout to take where the folder has two.
     swin_norm: norm placement where no configuration file states it.
   """
 
@@ -83,7 +83,7 @@ def convert(given: Sources, out: str | pathlib.Path, *, recipe: Recipe = RELEASE
   check_room(out, total)
   certificate = {
     "aromni_jax": __version__,
-    "layout": decoder.layout,
+    "layout": decoder.layout.name,
     "recipe": recipe.name,
     "decoder": dataclasses.asdict(decoder.config),
     "vocabulary": {
@@ -103,7 +103,7 @@ def convert(given: Sources, out: str | pathlib.Path, *, recipe: Recipe = RELEASE
     files |= _convert_codecs(given, decoder, vocabulary, partial, certificate)
     logging.info(
       "Converting a decoder of layout %s, %d tensors, %.2f GB.",
-      *(decoder.layout, len(mapping), total / 1e9),
+      *(decoder.layout.name, len(mapping), total / 1e9),
     )
     storage.save_streamed(partial / "decoder", params, progress(total))
     model_dir.note_decoder(partial, decoder.config)

@@ -13,10 +13,10 @@ import numpy as np
 from flax import nnx
 
 from aromni_jax import model_dir
-from aromni_jax.convert import decoder_names
 from aromni_jax.convert.decoders import ReleasedDecoder
+from aromni_jax.convert.layouts import LAYOUTS
+from aromni_jax.convert.writers import hf_config
 from aromni_jax.models import decoder as decoder_lib
-from aromni_jax.models.config import DecoderConfig
 from aromni_jax.storage import StoredArrays
 
 _PROMPT_LENGTH = 16
@@ -92,15 +92,15 @@ def torch_logits(decoder: ReleasedDecoder, tokens: np.ndarray) -> np.ndarray:
   theirs._attn_implementation = "eager"
   swin = config.norm_placement == "swin"
   make = modeling.ChameleonSwinDecoderLayer if swin else modeling.ChameleonDecoderLayer
-  names = decoder_names.names(decoder.layout, config.num_layers)
-  wanted = decoder_names.names("C", 1)
+  names = decoder.layout.names(config.num_layers)
+  peer = LAYOUTS["hf"]
+  wanted = peer.names(1)
 
   def read(path: str, i: int = 0):
     tensor = decoder.tensors[names[path][i]].read()
-    ours = decoder_names.from_released(tensor, path, decoder.layout, config)
-    return torch.from_numpy(
-      np.ascontiguousarray(decoder_names.to_released(ours, path, "C", config), np.float32)
-    )
+    ours = decoder.layout.from_released(tensor, path, config)
+    out = peer.to_released(ours, path, config)
+    return torch.from_numpy(np.ascontiguousarray(out, np.float32))
 
   length = len(tokens)
   with torch.inference_mode():
@@ -120,24 +120,3 @@ def torch_logits(decoder: ReleasedDecoder, tokens: np.ndarray) -> np.ndarray:
     norm = modeling.ChameleonRMSNorm(config.embed_dim, eps=config.norm_eps)
     norm.weight.data = read("norm.scale")
     return (norm(x)[0] @ read("head").T).numpy()
-
-
-def hf_config(config: DecoderConfig) -> dict:
-  """Returns the decoder's part of a Hugging Face `config.json`."""
-  return {
-    "vocab_size": config.vocab_size,
-    "hidden_size": config.embed_dim,
-    "intermediate_size": config.mlp_dim,
-    "num_hidden_layers": config.num_layers,
-    "num_attention_heads": config.num_heads,
-    "num_key_value_heads": config.num_kv_heads,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": config.norm_eps,
-    "rope_theta": config.rope_theta,
-    "swin_norm": config.norm_placement == "swin",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "tie_word_embeddings": False,
-    "vocabulary_map": {"<image>": 8711},
-  }

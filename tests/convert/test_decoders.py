@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from aromni_jax.convert import decoder_names, decoders, logits, sources
+from aromni_jax.convert import decoders, logits, sources, writers
+from aromni_jax.convert.layouts import LAYOUTS, get_layout
 from aromni_jax.models import params as codec_params
 from aromni_jax.models.decoder import Decoder
 from tests import parity, released
@@ -31,15 +32,15 @@ def forward(decoder, tokens):
 
 
 @pytest.mark.parametrize("swin", [False, True])
-@pytest.mark.parametrize("layout", ["A", "C"])
+@pytest.mark.parametrize("layout", ["native", "hf"])
 def test_layouts_compute_what_the_reference_does(tmp_path, layout, swin):
   tensors, meta = parity.load("chameleon_native_vs_hf")
-  prefix = {"A": "native.", "C": "hf."}[layout]
+  prefix = {"native": "native.", "hf": "hf."}[layout]
   weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-  file = {"A": "consolidated.safetensors", "C": "model.safetensors"}[layout]
+  file = {"native": "consolidated.safetensors", "hf": "model.safetensors"}[layout]
   save_file(weights, tmp_path / file)
   config = {"model_type": "chameleon", "swin_norm": swin}
-  name = {"A": "params.json", "C": "config.json"}[layout]
+  name = {"native": "params.json", "hf": "config.json"}[layout]
   (tmp_path / name).write_text(json.dumps(config))
   hidden, out = forward(load(tmp_path), tensors["in.input_ids"])
   kind = "swin" if swin else "std"
@@ -47,21 +48,33 @@ def test_layouts_compute_what_the_reference_does(tmp_path, layout, swin):
   np.testing.assert_allclose(hidden, tensors[f"out.{kind}.last_hidden"], atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["A", "B", "C"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_layout_comes_back_to_the_bit(layout):
-  for name, tensor in released.decoder_tensors(layout).items():
-    (path,) = [p for p, ns in decoder_names.names(layout, 3).items() if name in ns]
-    ours = decoder_names.from_released(tensor, path, layout, TINY)
-    assert decoder_names.to_released(ours, path, layout, TINY).tobytes() == tensor.tobytes(), name
+  for name, tensor in released.decoder_tensors(layout.name).items():
+    (path,) = [p for p, ns in layout.names(3).items() if name in ns]
+    assert tensor.shape == layout.shape(path, TINY)
+    ours = layout.from_released(tensor, path, TINY)
+    assert layout.to_released(ours, path, TINY).tobytes() == tensor.tobytes(), name
 
 
+def test_older_names_of_layouts_are_read(tmp_path):
+  assert {a: get_layout(a).name for a in "ABC"} == {"A": "native", "B": "ar_omni", "C": "hf"}
+  with pytest.raises(ValueError, match="layout 'D' does not exist; expected one of native, ar_om"):
+    get_layout("D")
+  released.write_hugging_face(tmp_path, "ar_omni")
+  assert decoders.find_decoder(tmp_path, "B").layout is LAYOUTS["ar_omni"]
+  with pytest.raises(ValueError, match="has layout ar_omni, not hf as --layout says"):
+    decoders.find_decoder(tmp_path, "C")
+
+
+@pytest.mark.torch
 def test_layouts_are_recognised_and_agree(tmp_path):
-  released.write_native(tmp_path / "A")
-  released.write_hugging_face(tmp_path / "B", "B")
-  released.write_hugging_face(tmp_path / "C", "C")
-  found = {name: decoders.find_decoder(tmp_path / name) for name in "ABC"}
-  assert {name: f.layout for name, f in found.items()} == {"A": "A", "B": "B", "C": "C"}
-  assert found["A"].config == found["B"].config == found["C"].config
+  released.write_native(tmp_path / "native")
+  released.write_hugging_face(tmp_path / "ar_omni", "ar_omni")
+  released.write_hugging_face(tmp_path / "hf", "hf")
+  found = {name: decoders.find_decoder(tmp_path / name) for name in LAYOUTS}
+  assert {name: f.layout for name, f in found.items()} == LAYOUTS
+  assert found["native"].config == found["ar_omni"].config == found["hf"].config
   params = [released.read_all(f) for f in found.values()]
   jax.tree.map(np.testing.assert_array_equal, *params[:2])
   jax.tree.map(np.testing.assert_array_equal, *params[1:])
@@ -69,10 +82,10 @@ def test_layouts_are_recognised_and_agree(tmp_path):
 
 @pytest.mark.torch
 def test_pytorch_bin_and_fused_native_tensors_are_read(tmp_path):
-  tensors = released.write_hugging_face(tmp_path / "B", "B")
+  tensors = released.write_hugging_face(tmp_path / "ar_omni", "ar_omni")
   (tmp_path / "bin").mkdir()
   torch.save(released.to_torch(tensors), tmp_path / "bin/pytorch_model.bin")
-  native = released.decoder_tensors("A")
+  native = released.decoder_tensors("native")
   for i in range(3):
     for fused, parts in (
       ("attention.wqkv", ("wq", "wk", "wv")),
@@ -82,7 +95,7 @@ def test_pytorch_bin_and_fused_native_tensors_are_read(tmp_path):
       native[f"layers.{i}.{fused}.weight"] = np.concatenate([native.pop(n) for n in names])
   (tmp_path / "fused").mkdir()
   torch.save(released.to_torch(native), tmp_path / "fused/consolidated.pth")
-  expected = released.read_all(decoders.find_decoder(tmp_path / "B"))
+  expected = released.read_all(decoders.find_decoder(tmp_path / "ar_omni"))
   for folder in ("bin", "fused"):
     found = released.read_all(decoders.find_decoder(tmp_path / folder, swin_norm=False))
     jax.tree.map(np.testing.assert_array_equal, expected, found)
@@ -90,7 +103,7 @@ def test_pytorch_bin_and_fused_native_tensors_are_read(tmp_path):
 
 @pytest.mark.torch
 def test_safetensors_come_before_pickles_of_the_same_decoder(tmp_path):
-  tensors = released.write_hugging_face(tmp_path, "B")
+  tensors = released.write_hugging_face(tmp_path, "ar_omni")
   torch.save(released.to_torch(tensors), tmp_path / "pytorch_model.bin")
   assert all(
     t.file.suffix == ".safetensors" for t in decoders.find_decoder(tmp_path).tensors.values()
@@ -98,7 +111,7 @@ def test_safetensors_come_before_pickles_of_the_same_decoder(tmp_path):
 
 
 def test_heads_whose_norms_differ_stay_apart(tmp_path):
-  tensors = released.decoder_tensors("C")
+  tensors = released.decoder_tensors("hf")
   name = "model.layers.1.self_attn.q_norm.weight"
   tensors[name] = tensors[name] * np.arange(1, 5, dtype=ml_dtypes.bfloat16)[:, None]
   save_file(tensors, tmp_path / "model.safetensors")
@@ -110,8 +123,10 @@ def test_heads_whose_norms_differ_stay_apart(tmp_path):
   assert found.config.per_head_norm
   norm = released.read_all(found)["layers"]["attention"]["q_norm"]["scale"]
   np.testing.assert_array_equal(norm[1], tensors[name])
-  with pytest.raises(ValueError, match="q_norm.scale differs between heads, and layout B has one"):
-    decoder_names.to_released(norm[1], "layers.attention.q_norm.scale", "B", found.config)
+  with pytest.raises(
+    ValueError, match="q_norm.scale differs between heads, and layout ar_omni has one"
+  ):
+    LAYOUTS["ar_omni"].to_released(norm[1], "layers.attention.q_norm.scale", found.config)
 
 
 @pytest.mark.torch
@@ -133,7 +148,7 @@ def test_logits_equal_transformers_on_random_configurations(tmp_path, seed):
     rope_theta=float(rng.choice([1e4, 5e5])),
     norm_placement=str(rng.choice(["pre", "swin"])),
   )
-  theirs = logits.hf_config(config) | {"vocabulary_map": {"<image>": 3}}
+  theirs = writers.hf_config(config) | {"vocabulary_map": {"<image>": 3}}
   theirs["rope_parameters"] = {"rope_type": "default", "rope_theta": theirs.pop("rope_theta")}
   vq = {"base_channels": 32, "num_res_blocks": 1, "channel_multiplier": [1], "resolution": 32}
   vq |= {"embed_dim": 8, "latent_channels": 8, "num_embeddings": 16}
@@ -146,7 +161,7 @@ def test_logits_equal_transformers_on_random_configurations(tmp_path, seed):
         p.copy_(torch.randn(shape) * 0.2 + ("weight" in name))
   model.save_pretrained(tmp_path)
   found = decoders.find_decoder(tmp_path)
-  assert found.layout == "C" and not found.config.per_head_norm and found.vq
+  assert found.layout is LAYOUTS["hf"] and not found.config.per_head_norm and found.vq
   tokens = rng.integers(0, config.vocab_size, (2, 11))
   with torch.no_grad():
     expected = model(torch.from_numpy(tokens)).logits.numpy()
@@ -171,7 +186,7 @@ def edit_shard(folder, change, file="model-00001-of-00002.safetensors"):
 
 
 def test_damaged_files_are_named(tmp_path):
-  released.write_hugging_face(tmp_path, "B")
+  released.write_hugging_face(tmp_path, "ar_omni")
   shard = tmp_path / "model-00002-of-00002.safetensors"
   whole = shard.read_bytes()
   shard.write_bytes(whole[: len(whole) // 2])
@@ -185,9 +200,7 @@ def test_damaged_files_are_named(tmp_path):
   (tmp_path / "model.safetensors.index.json").write_text("{")
   with pytest.raises(ValueError, match="model.safetensors.index.json is not JSON"):
     decoders.find_decoder(tmp_path)
-  with pytest.raises(
-    FileNotFoundError, match="has no decoder; expected one of model.safetensors.i"
-  ):
+  with pytest.raises(FileNotFoundError, match="has no decoder; expected one of consolidated.safet"):
     decoders.find_decoder(tmp_path / "..")
   with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
     decoders.find_decoder(tmp_path / "nowhere")
@@ -227,12 +240,12 @@ def test_damaged_and_unsafe_pickles_are_refused_unread(tmp_path):
     ),
     (
       lambda t: t.update({"tok_embeddings.weight": np.zeros(2, np.float32)}),
-      "mixes native and Hug",
+      "mixes the names of the layouts native, ar_omni, hf",
     ),
   ],
 )
 def test_wrong_tensors_are_named(tmp_path, change, message):
-  released.write_hugging_face(tmp_path, "B")
+  released.write_hugging_face(tmp_path, "ar_omni")
   file = "model-00002-of-00002.safetensors"
   if "model.norm.weight" not in load_file(tmp_path / file):
     file = "model-00001-of-00002.safetensors"
@@ -242,7 +255,7 @@ def test_wrong_tensors_are_named(tmp_path, change, message):
 
 
 def test_missing_tensors_are_named(tmp_path):
-  tensors = released.decoder_tensors("B")
+  tensors = released.decoder_tensors("ar_omni")
   del tensors["model.layers.1.mlp.up_proj.weight"]
   save_file(tensors, tmp_path / "model.safetensors")
   with pytest.raises(ValueError, match=r"missing \['model.layers.1.mlp.up_proj.weight'\] \(1\)"):
@@ -252,40 +265,43 @@ def test_missing_tensors_are_named(tmp_path):
     decoders.find_decoder(tmp_path)
 
 
+@pytest.mark.torch
 def test_contradictions_are_named(tmp_path):
-  released.write_hugging_face(tmp_path / "B", "B", hidden_size=64)
+  released.write_hugging_face(tmp_path / "ar_omni", "ar_omni", hidden_size=64)
   with pytest.raises(ValueError, match="have embed_dim 32, the configuration beside it says 64"):
-    decoders.find_decoder(tmp_path / "B")
-  released.write_hugging_face(tmp_path / "B", "B")
+    decoders.find_decoder(tmp_path / "ar_omni")
+  released.write_hugging_face(tmp_path / "ar_omni", "ar_omni")
   with pytest.raises(ValueError, match="--swin_norm is True, but the configuration beside"):
-    decoders.find_decoder(tmp_path / "B", swin_norm=True)
-  with pytest.raises(ValueError, match="has layout B, not C as --layout says"):
-    decoders.find_decoder(tmp_path / "B", "C")
-  released.write_hugging_face(tmp_path / "B", "B", rope_scaling={"type": "linear", "factor": 4})
+    decoders.find_decoder(tmp_path / "ar_omni", swin_norm=True)
+  with pytest.raises(ValueError, match="has layout ar_omni, not hf as --layout says"):
+    decoders.find_decoder(tmp_path / "ar_omni", "hf")
+  released.write_hugging_face(
+    tmp_path / "ar_omni", "ar_omni", rope_scaling={"type": "linear", "factor": 4}
+  )
   with pytest.raises(ValueError, match="rotary positions are linear; expected the default"):
-    decoders.find_decoder(tmp_path / "B")
-  released.write_hugging_face(tmp_path / "B", "B", hidden_act="gelu")
+    decoders.find_decoder(tmp_path / "ar_omni")
+  released.write_hugging_face(tmp_path / "ar_omni", "ar_omni", hidden_act="gelu")
   with pytest.raises(ValueError, match="hidden_act is gelu; expected silu"):
-    decoders.find_decoder(tmp_path / "B")
-  released.write_hugging_face(tmp_path / "B", "B", model_type="llama")
+    decoders.find_decoder(tmp_path / "ar_omni")
+  released.write_hugging_face(tmp_path / "ar_omni", "ar_omni", model_type="llama")
   with pytest.raises(ValueError, match="model_type is llama; expected chameleon"):
-    decoders.find_decoder(tmp_path / "B")
-  released.write_hugging_face(tmp_path / "B", "B")
-  released.write_native(tmp_path / "B/models/7b")
-  with pytest.raises(ValueError, match="more than one decoder.*--layout=A"):
-    decoders.find_decoder(tmp_path / "B")
-  assert decoders.find_decoder(tmp_path / "B", "A").layout == "A"
-  folder = tmp_path / "B/models/7b"
+    decoders.find_decoder(tmp_path / "ar_omni")
+  released.write_hugging_face(tmp_path / "ar_omni", "ar_omni")
+  released.write_native(tmp_path / "ar_omni/models/7b")
+  with pytest.raises(ValueError, match="more than one decoder.*--layout=native"):
+    decoders.find_decoder(tmp_path / "ar_omni")
+  assert decoders.find_decoder(tmp_path / "ar_omni", "native").layout is LAYOUTS["native"]
+  folder = tmp_path / "ar_omni/models/7b"
   (folder / "consolidate_params.json").write_text(json.dumps({"model": {"swin_norm": True}}))
   with pytest.raises(ValueError, match="swin_norm is True, but False in params.json"):
-    decoders.find_decoder(tmp_path / "B", "A")
+    decoders.find_decoder(tmp_path / "ar_omni", "native")
   (folder / "consolidated.pth").rename(folder / "consolidated.00.pth")
   with pytest.raises(ValueError, match="1 model-parallel parts"):
-    decoders.find_decoder(tmp_path / "B/models/7b")
+    decoders.find_decoder(tmp_path / "ar_omni/models/7b")
 
 
 def test_tensors_are_read_when_they_are_asked_for(tmp_path):
-  released.write_hugging_face(tmp_path, "B")
+  released.write_hugging_face(tmp_path, "ar_omni")
   found = decoders.find_decoder(tmp_path)
   for file in tmp_path.glob("*.safetensors"):
     file.unlink()

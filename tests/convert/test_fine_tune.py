@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-from aromni_jax.configs import finetune_7b
 
 from aromni_jax import model_dir
+from aromni_jax.configs import finetune_7b
 from aromni_jax.convert import decoders, exporter
 from aromni_jax.training import loop
 from aromni_jax.training.config import TrainConfig, to_dataclass
@@ -65,13 +65,13 @@ def test_a_base_of_another_function_is_refused(model, tmp_path):
 def test_a_tuned_model_goes_back_to_ar_omni(root, tuned, tmp_path):
   assert not (tuned / "certificate.json").exists()  # it was about other weights
   assert model_dir.decoder_config(tuned).param_dtype == "bfloat16"
-  exporter.export(tuned, tmp_path / "A", "A")
-  before, after = decoders.find_decoder(root), decoders.find_decoder(tmp_path / "A")
+  exporter.export(tuned, tmp_path / "native", "native")
+  before, after = decoders.find_decoder(root), decoders.find_decoder(tmp_path / "native")
   assert before.config == after.config and before.tensors.keys() == after.tensors.keys()
   for name in ("output.weight", "layers.2.attention.wq.weight"):
     was, now = (d.tensors[name].read().astype(np.float32) for d in (before, after))
     assert 0 < np.abs(was - now).max() < 0.1 and was.dtype == now.dtype
-  assert (tmp_path / "A/tokenizer/vqgan.ckpt").is_file()
+  assert (tmp_path / "native/tokenizer/vqgan.ckpt").is_file()
 
 
 @pytest.mark.parametrize("task, inputs", [("text_to_text", ["--text=a b"]), ("text_to_image", [])])

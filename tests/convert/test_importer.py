@@ -60,7 +60,7 @@ def test_the_certificate_accounts_for_every_tensor(root, model):
   assert set(certificate["mapped"]) | set(skipped) == names
   assert not set(certificate["mapped"]) & set(skipped)
   assert certificate["mapped"]["layers.2.attention.wq.weight"] == "layers.attention.q.kernel[2]"
-  assert certificate["layout"] == "A" and certificate["vocabulary"]["special"]["eom"] == 12831
+  assert certificate["layout"] == "native" and certificate["vocabulary"]["special"]["eom"] == 12831
   assert files | {"models/7b/params.json"} <= set(certificate["files"])
   hashed = certificate["files"]["models/7b/consolidated.pth"]["sha256"]
   assert hashed == sources.file_hash(root / "models/7b/consolidated.pth")
@@ -73,39 +73,39 @@ def test_the_certificate_accounts_for_every_tensor(root, model):
 
 def test_every_layout_comes_back_to_the_bit(root, model, tmp_path):
   before = decoders.find_decoder(root).tensors
-  for layout in ("A", "B", "C"):
+  for layout in ("native", "ar_omni", "hf"):
     exporter.export(model, tmp_path / layout, layout)
     convert(Sources(tmp_path / layout), tmp_path / f"again_{layout}")
-    exporter.export(tmp_path / f"again_{layout}", tmp_path / f"A_{layout}", "A")
-    after = decoders.find_decoder(tmp_path / f"A_{layout}").tensors
+    exporter.export(tmp_path / f"again_{layout}", tmp_path / f"native_{layout}", "native")
+    after = decoders.find_decoder(tmp_path / f"native_{layout}").tensors
     assert {n: t.read().tobytes() for n, t in after.items()} == {
       n: t.read().tobytes() for n, t in before.items()
     }
   vq = sources.read_file(root / "tokenizer/vqgan.ckpt")
-  for layout in ("A", "B"):
+  for layout in ("native", "ar_omni"):
     back = sources.read_file(tmp_path / layout / "tokenizer/vqgan.ckpt")
     assert set(back) == set(vq) - {"loss.logvar"}
     assert all(back[n].read().tobytes() == vq[n].read().tobytes() for n in back)
-    assert not model_dir.read_info(tmp_path / "again_C")["image_codec"]["config"]["has_decoder"]
-  table = sources.read_bare_tensor(tmp_path / "B/perception.ckpt")
+    assert not model_dir.read_info(tmp_path / "again_hf")["image_codec"]["config"]["has_decoder"]
+  table = sources.read_bare_tensor(tmp_path / "ar_omni/perception.ckpt")
   codebook = vq["quantize.embedding.weight"].read()
   np.testing.assert_array_equal(table, codebook.astype(ml_dtypes.bfloat16))
-  state = torch.load(tmp_path / "A/models/7b/consolidated.pth", weights_only=True)
+  state = torch.load(tmp_path / "native/models/7b/consolidated.pth", weights_only=True)
   assert state["rope.freqs"] is None  # the one key that the official loader wants besides
 
 
 def test_transformers_loads_what_is_exported(model, tmp_path):
   from transformers import AutoTokenizer, ChameleonForConditionalGeneration
 
-  exporter.export(model, tmp_path / "C", "C")
-  theirs = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "C", dtype=torch.float32)
+  exporter.export(model, tmp_path / "hf", "hf")
+  theirs = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "hf", dtype=torch.float32)
   tokens = logits.fixed_prompt(65536)
   with torch.no_grad():
     expected = theirs(torch.from_numpy(tokens)[None].long()).logits[0].numpy()
   ours = logits.stored_logits(model, tokens)
   text = np.arange(16388, 65536)  # it masks the ids of pictures
   np.testing.assert_allclose(ours[:, text], expected[:, text], atol=1e-4)
-  tokenizer = AutoTokenizer.from_pretrained(tmp_path / "C")
+  tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
   assert tokenizer.encode("a", add_special_tokens=False)
   assert (
     tokenizer.convert_tokens_to_ids("<image>") == theirs.config.vocabulary_map["<image>"] == 8711
@@ -129,9 +129,9 @@ def test_a_decoder_is_read_onto_a_mesh(model):
 
 
 def test_a_model_without_codecs_says_so(root, tmp_path):
-  released.write_hugging_face(tmp_path / "B", "B")
+  released.write_hugging_face(tmp_path / "ar_omni", "ar_omni")
   tokenizer = root / "tokenizer/text_tokenizer.json"
-  convert(Sources(tmp_path / "B", tokenizer=tokenizer), tmp_path / "out")
+  convert(Sources(tmp_path / "ar_omni", tokenizer=tokenizer), tmp_path / "out")
   loaded = load_model(tmp_path / "out")
   assert loaded.image_codec is None and loaded.speech_codec is None
   with pytest.raises(
@@ -143,14 +143,14 @@ def test_a_model_without_codecs_says_so(root, tmp_path):
 def test_the_image_codec_of_hugging_face_files_only_reads(root, tmp_path):
   vq = released.vqgan_tensors(decoder=False)
   extra = {"model.vqmodel." + n: t.astype(ml_dtypes.bfloat16) for n, t in vq.items()}
-  before = released.write_hugging_face(tmp_path / "B", "B", extra=extra)
-  shutil.copy(root / "tokenizer/text_tokenizer.json", tmp_path / "B/tokenizer.json")
-  certificate = convert(Sources(tmp_path / "B"), tmp_path / "out")
+  before = released.write_hugging_face(tmp_path / "ar_omni", "ar_omni", extra=extra)
+  shutil.copy(root / "tokenizer/text_tokenizer.json", tmp_path / "ar_omni/tokenizer.json")
+  certificate = convert(Sources(tmp_path / "ar_omni"), tmp_path / "out")
   assert certificate["mapped"]["model.vqmodel.quant_conv.weight"] == "image_codec"
   codec = model_dir.load_codec(tmp_path / "out", "image_codec")
   with pytest.raises(ValueError, match="no pixel decoder"):
     codec.decode(np.zeros((1, 1024), np.int32))
-  exporter.export(tmp_path / "out", tmp_path / "back", "B")
+  exporter.export(tmp_path / "out", tmp_path / "back", "ar_omni")
   back = sources.read_sharded(tmp_path / "back/model.safetensors.index.json")
   assert set(back) == set(before)
   assert all(t.read().tobytes() == before[n].tobytes() for n, t in back.items())
@@ -158,9 +158,9 @@ def test_the_image_codec_of_hugging_face_files_only_reads(root, tmp_path):
 
 def test_the_pixel_decoder_of_anole_s_files_is_found(root, tmp_path):
   extra = {"model.vqmodel." + n: t for n, t in released.vqgan_tensors().items()}
-  released.write_hugging_face(tmp_path / "B", "B", extra=extra)
+  released.write_hugging_face(tmp_path / "ar_omni", "ar_omni", extra=extra)
   tokenizer = root / "tokenizer/text_tokenizer.json"
-  certificate = convert(Sources(tmp_path / "B", tokenizer=tokenizer), tmp_path / "out")
+  certificate = convert(Sources(tmp_path / "ar_omni", tokenizer=tokenizer), tmp_path / "out")
   assert certificate["mapped"]["model.vqmodel.decoder.conv_in.weight"] == "image_codec"
   codec = model_dir.load_codec(tmp_path / "out", "image_codec")
   assert codec.decode(np.zeros((1, 1024), np.int32)).shape == (1, 64, 64, 3)
@@ -175,8 +175,7 @@ def test_another_perceptual_table_is_kept(copy, model, tmp_path):
   assert not (tmp_path / "same/perception").exists()
   torch.save(table + 1, copy / "perception.ckpt")
   convert(Sources(copy), tmp_path / "other")
-  codec = model_dir.load_codec(tmp_path / "other", "image_codec")
-  kept = model_dir.perceptual_table(tmp_path / "other", codec)
+  kept = model_dir.perceptual_table(tmp_path / "other")
   np.testing.assert_array_equal(kept, (table + 1).float().numpy())
   torch.save(table[:7], copy / "perception.ckpt")
   with pytest.raises(ValueError, match=r"has shape \(7, 4\); expected one row for 8192 codes"):
@@ -184,13 +183,18 @@ def test_another_perceptual_table_is_kept(copy, model, tmp_path):
 
 
 def test_the_target_must_be_empty_and_have_room(root, model, tmp_path, monkeypatch):
-  for run in (lambda: convert(Sources(root), model), lambda: exporter.export(model, model, "A")):
+  for run in (
+    lambda: convert(Sources(root), model),
+    lambda: exporter.export(model, model, "native"),
+  ):
     with pytest.raises(ValueError, match="is not empty; name a new folder"):
       run()
   usage = shutil.disk_usage(tmp_path)._replace(free=1000)
   monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
   for run in (convert, exporter.export):
-    arguments = (Sources(root), tmp_path / "o") if run is convert else (model, tmp_path / "o", "A")
+    arguments = (
+      (Sources(root), tmp_path / "o") if run is convert else (model, tmp_path / "o", "native")
+    )
     with pytest.raises(OSError, match=r"has 0.0 GB free, 0.0 GB are needed"):
       run(*arguments)
   assert not list(tmp_path.iterdir())
@@ -249,16 +253,16 @@ def test_lightning_objects_beside_the_weights_are_left_out(copy, tmp_path):
 def test_another_vqgan_than_the_decoder_s_is_refused(root, tmp_path):
   vq = {n: t for n, t in released.vqgan_tensors().items() if "decoder" not in n}
   extra = {"model.vqmodel." + n: t.astype(ml_dtypes.bfloat16) for n, t in vq.items()}
-  released.write_hugging_face(tmp_path / "B", "B", extra=extra)
+  released.write_hugging_face(tmp_path / "ar_omni", "ar_omni", extra=extra)
   files = {"tokenizer": root / "tokenizer/text_tokenizer.json"}
   files["vqgan"] = root / "tokenizer/vqgan.ckpt"
-  certificate = convert(Sources(tmp_path / "B", **files), tmp_path / "out")
+  certificate = convert(Sources(tmp_path / "ar_omni", **files), tmp_path / "out")
   assert certificate["skipped"]["model.vqmodel.quant_conv.weight"].startswith("vqgan.ckpt holds")
   other = released.to_torch(released.vqgan_tensors(seed=1))
   torch.save({"state_dict": other}, tmp_path / "other.ckpt")
   files["vqgan"] = tmp_path / "other.ckpt"
   with pytest.raises(ValueError, match="other.ckpt is not the image codec that the decoder was tr"):
-    convert(Sources(tmp_path / "B", **files), tmp_path / "out2")
+    convert(Sources(tmp_path / "ar_omni", **files), tmp_path / "out2")
 
 
 def edit_vqgan(folder, change):
@@ -332,12 +336,13 @@ def test_the_check_against_a_source_can_fail(root, model, tmp_path):
     ([], "name --source to convert released files, or --model to go back"),
     (["--source=a", "--model=b"], "not both"),
     (["--source=a"], "--out is missing"),
-    (["--model=a"], "--format is missing"),
-    (["--model=a", "--format=B"], "--out is missing"),
+    (["--model=a"], "--format is missing: which released layout to write (native, ar_omni, hf)"),
     (["--model=nowhere", "--format=B", "--out=o"], "nowhere is not a model directory"),
+    (["--model=a", "--format=ar_omni"], "--out is missing"),
+    (["--model=nowhere", "--format=ar_omni", "--out=o"], "nowhere is not a model directory"),
     (["--source=nowhere", "--out=o", "--tokenizer=t.json"], "t.json does not exist"),
-    (["--source=a", "--format=A", "--out=o"], "--format does not go with --source"),
-    (["--model=a", "--format=A", "--out=o", "--vqgan=v"], "--vqgan does not go with --model"),
+    (["--source=a", "--format=native", "--out=o"], "--format does not go with --source"),
+    (["--model=a", "--format=native", "--out=o", "--vqgan=v"], "--vqgan does not go with --model"),
   ],
 )
 def test_wrong_flags_are_named(tmp_path, arguments, message):

@@ -92,7 +92,7 @@ def reference():
     norm_placement="pre",
     dtype="float32",
   )
-  params = released.stacked(native, "A", config)
+  params = released.stacked(native, "native", config)
   graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
   nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, params))
   return tensors, nnx.merge(graphdef, state)

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aromni_jax.configs import base
 from flax import nnx
 from jax._src.ad_checkpoint import saved_residuals
 from safetensors import safe_open
 
+from aromni_jax.configs import base
 from aromni_jax.models import attention as attention_lib
 from aromni_jax.models import decoder as decoder_lib
-from aromni_jax.models import sharding
+from aromni_jax.models import remat, sharding
 from aromni_jax.models.config import DecoderConfig
 from aromni_jax.planning import estimate
 from aromni_jax.training.config import TrainConfig, to_dataclass
@@ -34,6 +34,7 @@ TINY = DecoderConfig(
   remat_policy="none",
   init_std=0.2,
 )
+POLICIES = [name for name, entry in remat.REMAT.items() if entry.keeps is not None]
 
 
 @functools.cache
@@ -54,7 +55,7 @@ def load(name):
     per_head_norm=True,
   )
   weights = {key[2:]: t for key, t in tensors.items() if key.startswith("w.")}
-  params = released.stacked(weights, "C", config)
+  params = released.stacked(weights, "hf", config)
   graphdef, state = nnx.split(nnx.eval_shape(lambda: decoder_lib.Decoder(config, rngs=nnx.Rngs(0))))
   nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, params))
   return tensors, config, nnx.merge(graphdef, state)
@@ -182,7 +183,7 @@ def tiny_gradient():
 
 
 @pytest.mark.parametrize(
-  "change", [*({"remat_policy": p} for p in decoder_lib.REMAT_SAVES), {"scan_layers": False}]
+  "change", [*({"remat_policy": p} for p in POLICIES), {"scan_layers": False}]
 )
 def test_how_it_is_computed_changes_nothing(tiny_gradient, change):
   graphdef, params = make(TINY)
@@ -207,7 +208,7 @@ def kept(config, length=12):
 
   x = jnp.zeros((2, length, config.embed_dim), config.compute_dtype)
   out = []
-  for value, source in saved_residuals(decoder_lib._remat(body, config.remat_policy), x, params):
+  for value, source in saved_residuals(remat.checkpoint(body, config.remat_policy), x, params):
     name = re.match(r"named '(\w+)'", source)
     if source.startswith("output of shard_map"):  # the kernel, whose names are inside
       out.append((attention_lib.CONTEXT, value.size * value.dtype.itemsize))
@@ -218,9 +219,11 @@ def kept(config, length=12):
 
 @pytest.mark.parametrize("backend", ["xla", "splash"])
 @pytest.mark.parametrize("placement", ["swin", "pre"])
-@pytest.mark.parametrize("policy", decoder_lib.REMAT_SAVES)
-def test_a_layer_keeps_what_its_remat_policy_names(policy, placement, backend):
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_layer_keeps_what_its_remat_policy_names(monkeypatch, policy, placement, backend):
   """By name and by bytes; those are what plans reckon with."""
+  platform = {"xla": "cpu", "splash": "tpu"}[backend]
+  monkeypatch.setattr(attention_lib, "platform_of_mesh", lambda: platform)
   length, head_dim = (128, 128) if backend == "splash" else (12, 8)
   config = dataclasses.replace(
     TINY,
@@ -235,18 +238,18 @@ def test_a_layer_keeps_what_its_remat_policy_names(policy, placement, backend):
   found = kept(config, length)
   names = {name for name, _ in found}
   unused = {"mlp_out"} if placement == "pre" else set()  # nothing after it needs it
-  assert names == {"", *decoder_lib.REMAT_SAVES[policy]} - unused
-  if backend == "splash":
-    run = to_dataclass(TrainConfig, base.get_config().to_dict())
-    run = dataclasses.replace(run, model=config)
-    assert sum(size for _, size in found) == estimate.kept_bytes(run, 1) * 2 * length
+  assert names == {"", *remat.REMAT[policy].keeps} - unused
+  run = to_dataclass(TrainConfig, base.get_config().to_dict())
+  data = dataclasses.replace(run.data, sequence_length=length)
+  run = dataclasses.replace(run, model=config, data=data)
+  assert sum(size for _, size in found) == estimate.kept_bytes(run, 1, platform) * 2 * length
 
 
 def test_without_remat_all_is_kept():
   swin = dataclasses.replace(TINY, norm_placement="swin")
   sizes = [
     sum(size for _, size in kept(dataclasses.replace(swin, remat_policy=policy)))
-    for policy in (*decoder_lib.REMAT_SAVES, "none")
+    for policy in remat.REMAT
   ]
   assert sizes == sorted(set(sizes))  # each policy keeps more than the one before
 
