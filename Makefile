@@ -9,7 +9,7 @@ PYTEST_FLAGS ?= --numprocesses=2 --dist=loadfile
 CHECKED := not (torch or tpu or processes or wheel or slow)
 TREE_TESTS := tests/models tests/decoding tests/serving tests/training/test_step.py
 
-.PHONY: help demo new-objects check test test-next test-tree lint bench convert-7b plan-7b weights clean
+.PHONY: help demo demo-tiny new-objects check test test-next test-tree lint bench convert-7b plan-7b weights clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -33,6 +33,11 @@ $(VENV)/.stamp-all: $(VENV)/.stamp-dev
 
 demo: $(VENV)/.stamp  ## PictoTalk from raw data to a report: about 15 minutes on two cores
 	PYTHON=$(BIN)/python launch/demo.sh demo
+
+demo-tiny: $(VENV)/.stamp-dev  ## the same, very small, in a new folder; its page is opened in Chromium
+	out=$$(mktemp -d) && DATA=$$out/data RUNS=$$out/runs LIMIT=2 PYTHON=$(BIN)/python \
+	  launch/demo.sh tiny && $(BIN)/python -m tests.open_page $$out/runs/tiny/report.html \
+	  --screenshots=$$out
 
 new-objects: $(VENV)/.stamp  ## fine-tune the shipped decoder on new objects, report before and after
 	PYTHON=$(BIN)/python launch/demo.sh new_objects
