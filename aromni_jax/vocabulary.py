@@ -14,7 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aromni_jax import saved
+
 Array = np.ndarray | jax.Array
+
+VERSION = 1  # of what `Vocabulary.to_dict` gives
 
 TEXT, IMAGE, SPEECH, SPECIAL = range(4)
 MODALITIES = ("text", "image", "speech", "special")
@@ -148,8 +152,8 @@ class Vocabulary:
       )
 
   def to_dict(self) -> dict[str, Any]:
-    """A JSON-ready dict; ranges become [start, stop]."""
-    out = {}
+    """A JSON-ready dict with the version of its form; ranges become [start, stop]."""
+    out: dict[str, Any] = {"version": VERSION}
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       out[field.name] = [value.start, value.stop] if isinstance(value, range) else value
@@ -157,19 +161,28 @@ class Vocabulary:
 
   @classmethod
   def from_dict(cls, data: dict[str, Any]) -> "Vocabulary":
-    """Inverse of `to_dict`. Raises ValueError that names unknown and missing keys."""
-    names = {f.name for f in dataclasses.fields(cls)}
-    if set(data) != names:
-      raise ValueError(
-        f"vocabulary: unknown keys {sorted(set(data) - names)}, "
-        f"missing keys {sorted(names - set(data))}"
-      )
-    ranges = {n: range(*data[n]) for n in ("text", "image", "speech")}
-    return cls(**{**data, **ranges})
+    """Inverse of `to_dict`; a dict without a version is of version 1.
+
+    Raises:
+      ValueError: for a newer version, naming unknown and missing keys, and for wrong values.
+    """
+    with saved.naming("vocabulary"):
+      saved.check_version(data, VERSION)
+      fields = {f.name: f.type for f in dataclasses.fields(cls)}
+      unknown, missing = set(data) - {"version"} - set(fields), set(fields) - set(data)
+      if unknown or missing:
+        raise ValueError(f"unknown keys {sorted(unknown)}, missing keys {sorted(missing)}")
+      values = {n: saved.get(data, n, list if t is range else t) for n, t in fields.items()}
+      for name in (n for n, kind in fields.items() if kind is range):
+        ends = values[name]
+        if len(ends) != 2 or not all(isinstance(i, int) for i in ends):
+          raise ValueError(f"{name} is {ends}; expected [first id, the id after the last]")
+        values[name] = range(*ends)
+    return cls(**values)
 
   def fingerprint(self) -> str:
-    """16 hex digits over everything but the name: equal exactly if every id means the same."""
-    data = {k: v for k, v in self.to_dict().items() if k != "name"}
+    """16 hex digits over every id: equal exactly if every id means the same."""
+    data = {k: v for k, v in self.to_dict().items() if k not in ("name", "version")}
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 from aromni_jax import model_dir, storage
 from aromni_jax.codecs import batching, image_vq, speech_codec
 from aromni_jax.model import load_model
+from aromni_jax.recipes import PAPER
 from aromni_jax.vocabulary import get_vocabulary
 
 
@@ -153,6 +154,24 @@ def test_broken_parts_are_named(copy):
   (copy / "model.json").write_text("{")
   with pytest.raises(ValueError, match="model.json is not JSON"):
     load_model(copy)
+
+
+def test_model_json_says_its_version(copy, tmp_path):
+  assert "version" not in model_dir.read_info(model_dir.SHIPPED)  # from before it was written
+  model_dir.create(tmp_path / "new", get_vocabulary("demo"), PAPER)
+  assert model_dir.read_info(tmp_path / "new")["version"] == model_dir.VERSION == 1
+  edit(copy, lambda info: info.update(version=2))
+  with pytest.raises(ValueError, match="model.json: version is 2, and .* up to 1: made by a newer"):
+    load_model(copy)
+
+
+def test_fields_of_other_versions_are_named(copy):
+  edit(copy, lambda info: info["decoder"]["config"].update(rope_scale=2, moe=True))
+  with pytest.raises(ValueError, match="model.json: decoder.config has moe, rope_scale, which"):
+    model_dir.decoder_config(copy)
+  edit(copy, lambda info: info["decoder"].update(config={"num_layers": "4"}))
+  with pytest.raises(ValueError, match="decoder.config.num_layers is '4'; expected int"):
+    model_dir.decoder_config(copy)
 
 
 def test_another_codec_than_the_noted_one_is_refused(copy):

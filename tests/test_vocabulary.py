@@ -68,6 +68,37 @@ def test_dict_round_trip_and_fingerprint():
     v.Vocabulary.from_dict({k: w for k, w in d.to_dict().items() if k != "bos"} | {"x": 1})
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_fingerprints_stay(name):
+  """Every shard and model directory says them."""
+  known = {"aromni_7b": "2070601b43b616bb", "demo": "df078631d5e83d51"}
+  assert v.get_vocabulary(name).fingerprint() == known[name]
+
+
+def test_versions():
+  data = v.get_vocabulary("demo").to_dict()
+  assert data["version"] == v.VERSION == 1
+  older = {key: value for key, value in data.items() if key != "version"}
+  assert v.Vocabulary.from_dict(older) == v.get_vocabulary("demo")
+  with pytest.raises(ValueError, match="vocabulary: version is 2, and .* up to 1: made by a newer"):
+    v.Vocabulary.from_dict(data | {"version": 2})
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"bos": "0"}, "bos is '0'; expected a whole number"),
+    ({"bos": True}, "bos is True; expected a whole number"),
+    ({"text": 5}, "text is 5; expected a list"),
+    ({"text": [5]}, r"text is \[5\]; expected \[first id, the id after the last\]"),
+    ({"name": None}, "name is None; expected a text"),
+  ],
+)
+def test_wrong_values_are_named(change, message):
+  with pytest.raises(ValueError, match=f"vocabulary: {message}"):
+    v.Vocabulary.from_dict(v.get_vocabulary("demo").to_dict() | change)
+
+
 def test_unknown_presets_are_named():
   with pytest.raises(ValueError, match="vocabulary 'x' does not exist"):
     v.get_vocabulary("x")

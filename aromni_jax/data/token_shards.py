@@ -20,11 +20,13 @@ import tensorflow_datasets as tfds
 from absl import logging
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
+from aromni_jax import saved
 from aromni_jax.sample import Sample
 from aromni_jax.tasks import get_task, task_name
 from aromni_jax.vocabulary import Vocabulary
 
 _MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1  # manifests that do not say it are of version 1
 _VERSION = "1.1.0"
 _READABLE = (_VERSION, "1.0.0")
 
@@ -109,6 +111,7 @@ def write(
     TokenSamples(splits, data_dir=str(partial)).download_and_prepare()
   shutil.rmtree(partial / "downloads", ignore_errors=True)
   manifest = {
+    "version": MANIFEST_VERSION,
     "vocabulary": vocabulary.to_dict(),
     "vocabulary_fingerprint": vocabulary.fingerprint(),
     **metadata,
@@ -141,6 +144,17 @@ def _index(source, split: str) -> tuple[np.ndarray, np.ndarray]:
       logging.INFO, "%s: %d of %d samples indexed", 10, split, number, len(source)
     )
   return lengths, tasks
+
+
+def _read_index(file: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+  """Returns what `_index` gave, from its file."""
+  try:
+    with np.load(file) as index:
+      return index["length"], index["task"]
+  except FileNotFoundError as e:
+    raise FileNotFoundError(f"{file} is missing; tokenise again") from e
+  except Exception as e:  # of zip and NumPy: of many kinds
+    raise ValueError(f"{file} is damaged, tokenise again ({e})") from e
 
 
 def _serialize(serializer: ExampleSerializer, example: dict[str, Any]) -> bytes:
@@ -193,8 +207,7 @@ class TokenShards:
           f"{directory} was made with {name} {found}, but the model has {fingerprint}; "
           "tokenise again with this model's files (aromni tokenize)"
         )
-    index = np.load(self.directory / f"{split}.npz")
-    self.lengths, self.tasks = index["length"], index["task"]
+    self.lengths, self.tasks = _read_index(self.directory / f"{split}.npz")
     try:
       self._source = _open(self.directory, split)
     except Exception as e:
@@ -236,13 +249,23 @@ class TokenShards:
 
 
 def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
-  """Returns the manifest. Raises FileNotFoundError, saying how shards are made."""
+  """Returns the manifest.
+
+  Raises:
+    FileNotFoundError: without one, saying how shards are made.
+    ValueError: naming the file, if it is damaged or of a newer version.
+  """
   path = pathlib.Path(directory) / _MANIFEST
   if not path.is_file():
     raise FileNotFoundError(
       f"{directory} holds no token shards (no {_MANIFEST}); make them with aromni tokenize"
     )
-  return json.loads(path.read_text())
+  manifest = saved.read(path, MANIFEST_VERSION)
+  with saved.naming(path):
+    splits = saved.get(manifest, "splits", dict)
+    for split in splits:
+      saved.get(splits, split, dict)
+  return manifest
 
 
 def _open(directory: pathlib.Path, split: str):
