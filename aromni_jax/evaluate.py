@@ -12,11 +12,10 @@ extras.
 import json
 import pathlib
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from aromni_jax import logs
-from aromni_jax.model import load_model
-from aromni_jax.pictotalk import suite, world
+from aromni_jax.pictotalk import world
 
 _MODEL = flags.DEFINE_string("model", None, "Model directory; the shipped one if none.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of the raw PictoTalk sets.")
@@ -29,12 +28,13 @@ _EXAMPLES = flags.DEFINE_integer("examples", 8, "Captions whose responses are ke
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {argv[1:]}")
-  with logs.clear_errors():
-    items = suite.load_items(_DATA_DIR.value, _CONFIG.value, _SPLIT.value, _LIMIT.value)
-    model = load_model(_MODEL.value)
-    figures, answered = suite.evaluate(model, items, preset=_CONFIG.value, seed=_SEED.value)
+  del argv
+  from aromni_jax.model import load_model
+  from aromni_jax.pictotalk import suite
+
+  items = suite.load_items(_DATA_DIR.value, _CONFIG.value, _SPLIT.value, _LIMIT.value)
+  model = load_model(_MODEL.value)
+  figures, answered = suite.evaluate(model, items, preset=_CONFIG.value, seed=_SEED.value)
   out = pathlib.Path(_OUT.value)
   examples = suite.write_examples(
     out.with_name(out.stem + "_examples"), model, items, answered, _EXAMPLES.value
@@ -47,9 +47,7 @@ def main(argv: list[str]) -> None:
 
 
 def run() -> None:
-  logs.setup()
-  flags.mark_flag_as_required("out")
-  app.run(main)
+  logs.run(main, required=["out"])
 
 
 if __name__ == "__main__":

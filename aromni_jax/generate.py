@@ -9,28 +9,23 @@
 --task is one of: image_caption, speech_to_text, text_to_image, text_to_speech, image_to_text,
 speech_to_image, text_to_text, dialogue, image_to_speech. Text goes to the screen; a picture or
 speech to --out (.png or .wav; a folder takes everything). --dialog reads AR-Omni's chat schema
-(aromni_jax/dialog.py).
+(aromni_jax/serving/dialog_files.py).
 """
 
 import dataclasses
 import pathlib
 import sys
+from typing import TYPE_CHECKING
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from aromni_jax import logs
-from aromni_jax.model import Model, load_model
 from aromni_jax.recipes import RECIPES, get_recipe
-from aromni_jax.serving import dialog, dialog_files
-from aromni_jax.serving.media import write_response
-from aromni_jax.serving.requests import (
-  Request,
-  check_codecs,
-  choose_samplers,
-  generate_batch,
-  make_engine,
-)
 from aromni_jax.tasks import TASKS
+
+if TYPE_CHECKING:
+  from aromni_jax.model import Model
+  from aromni_jax.serving.requests import Response
 
 _TASK = flags.DEFINE_enum("task", None, list(TASKS), "What to do.")
 _DIALOG = flags.DEFINE_string("dialog", None, "File of dialogues (.json or .jsonl), not a task.")
@@ -62,51 +57,66 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Dialogues answered at a tim
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {argv[1:]}")
+  del argv
   if (_TASK.value is None) == (_DIALOG.value is None):
     sys.exit("error: expected --task or --dialog, and not both")
   if _TASK.value:
     _check_out(_TASK.value, _OUT.value)
   elif not _OUT.value or pathlib.Path(_OUT.value).suffix:
     sys.exit(f"error: --out={_OUT.value or ''}: --dialog needs a folder")
-  with logs.clear_errors():
-    dialogs = dialog_files.read_dialogs(_DIALOG.value) if _DIALOG.value else None
-    model = load_model(_MODEL.value)
-    if _RECIPE.value:
-      model = dataclasses.replace(model, recipe=get_recipe(_RECIPE.value))
-    samplers = choose_samplers(
-      model.recipe,
-      temperature=_TEMPERATURE.value,
-      top_p=_TOP_P.value,
-      repetition_penalty=_REPETITION_PENALTY.value,
-      guidance=_GUIDANCE.value,
-      image_guidance=_IMAGE_GUIDANCE.value,
-    )
-    check_codecs(model, _TASK.value or "dialogue")
-    options = {
-      "seed": _SEED.value,
-      "max_new_tokens": _MAX_NEW_TOKENS.value,
-      "engine": make_engine(model, samplers, consume=True),
-    }
-    if dialogs is None:
-      _answer(model, options)
-      return
-    for answer in dialog.answer_dialogs(model, dialogs, batch_size=_BATCH_SIZE.value, **options):
-      dialog.write_answer(model, answer, pathlib.Path(_OUT.value))
+  _answer()
 
 
-def _answer(model: Model, options: dict) -> None:
+def _answer() -> None:
+  """Answers what the flags ask; what takes seconds to import or to load is for sound flags only."""
+  from aromni_jax.model import load_model
+  from aromni_jax.serving import dialog, dialog_files
+  from aromni_jax.serving.requests import (
+    Request,
+    check_codecs,
+    choose_samplers,
+    generate_batch,
+    make_engine,
+  )
+
   task = _TASK.value
-  request = Request(task, _TEXT.value, _IMAGE.value, _SPEECH.value, _INSTRUCTION.value)
-  (response,) = generate_batch(model, [request], **options)
+  dialogs = dialog_files.read_dialogs(_DIALOG.value) if _DIALOG.value else None
+  model = load_model(_MODEL.value)
+  if _RECIPE.value:
+    model = dataclasses.replace(model, recipe=get_recipe(_RECIPE.value))
+  samplers = choose_samplers(
+    model.recipe,
+    temperature=_TEMPERATURE.value,
+    top_p=_TOP_P.value,
+    repetition_penalty=_REPETITION_PENALTY.value,
+    guidance=_GUIDANCE.value,
+    image_guidance=_IMAGE_GUIDANCE.value,
+  )
+  check_codecs(model, task or "dialogue")
+  options = {
+    "seed": _SEED.value,
+    "max_new_tokens": _MAX_NEW_TOKENS.value,
+    "engine": make_engine(model, samplers, consume=True),
+  }
+  if dialogs is None:
+    request = Request(task, _TEXT.value, _IMAGE.value, _SPEECH.value, _INSTRUCTION.value)
+    (response,) = generate_batch(model, [request], **options)
+    _show(model, response)
+    return
+  for answer in dialog.answer_dialogs(model, dialogs, batch_size=_BATCH_SIZE.value, **options):
+    dialog.write_answer(model, answer, pathlib.Path(_OUT.value))
+
+
+def _show(model: "Model", response: "Response") -> None:
+  from aromni_jax.serving.media import write_response
+
   for label, text in (("heard: ", response.transcript), ("", response.text)):
     if text is not None:
       print(label + text)
-  if missing := [part for part in TASKS[task].outputs if getattr(response, part) is None]:
+  if missing := [part for part in TASKS[_TASK.value].outputs if getattr(response, part) is None]:
     logging.warning("The response of %d ids has no %s.", len(response.tokens), ", ".join(missing))
   if _OUT.value:
-    rate = model.speech_codec.config.sample_rate if model.speech_codec else 0
+    rate = 0 if response.speech is None else model.speech_codec.config.sample_rate
     write_response(response, pathlib.Path(_OUT.value), rate)
 
 
@@ -123,8 +133,7 @@ def _check_out(task: str, out: str | None) -> None:
 
 
 def run() -> None:
-  logs.setup()
-  app.run(main)
+  logs.run(main)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,21 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from flax import nnx
 
 from aromni_jax import model_dir
-from aromni_jax.codecs.image_vq import ImageVQ
 from aromni_jax.codecs.registry import CODECS
-from aromni_jax.codecs.speech_codec import SpeechCodec
 from aromni_jax.codecs.text import TextCodec
 from aromni_jax.models.decoder import Decoder
-from aromni_jax.recipes import Recipe, get_recipe
+from aromni_jax.recipes import Recipe
 from aromni_jax.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+  from aromni_jax.codecs.image_vq import ImageVQ
+  from aromni_jax.codecs.speech_codec import SpeechCodec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Model:
 
   Attributes:
     path: the directory. vocabulary: id space. text: text codec.
-    image_codec, speech_codec: codecs, or None if the directory has none.
+    codecs: "image_codec" and "speech_codec" -> the codec, if the directory has one.
     decoder: the Transformer, or None if the directory has none yet.
     recipe: prompts and rules of decoding.
     fingerprints: "image_codec", "speech_codec" and "text" -> 16 hex digits.
@@ -30,22 +34,52 @@ class Model:
   path: pathlib.Path
   vocabulary: Vocabulary
   text: TextCodec
-  image_codec: ImageVQ | None
-  speech_codec: SpeechCodec | None
+  codecs: Mapping[str, nnx.Module]
   decoder: Decoder | None
   recipe: Recipe
   fingerprints: dict[str, str]
 
+  @property
+  def image_codec(self) -> "ImageVQ | None":
+    return self.codecs.get("image_codec")
+
+  @property
+  def speech_codec(self) -> "SpeechCodec | None":
+    return self.codecs.get("speech_codec")
+
   def needed(self, codec: str) -> nnx.Module:
     """Returns the codec "image_codec" or "speech_codec". Raises ValueError if there is none."""
-    module = getattr(self, codec)
-    if module is None:
+    if codec not in self.codecs:
       raise ValueError(f"{self.path} has no {codec}. {CODECS[codec].hint}")
-    return module
+    return self.codecs[codec]
+
+
+class _StoredCodecs(Mapping):
+  """The codecs of a model directory; each is loaded when it is first asked for."""
+
+  def __init__(self, path: pathlib.Path, names: list[str]):
+    self._path, self._names = path, names
+    self._loaded: dict[str, nnx.Module] = {}
+
+  def __getitem__(self, name: str) -> nnx.Module:
+    if name not in self._names:
+      raise KeyError(name)
+    if name not in self._loaded:
+      self._loaded[name] = model_dir.load_codec(self._path, name)
+    return self._loaded[name]
+
+  def __contains__(self, name: object) -> bool:
+    return name in self._names
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._names)
+
+  def __len__(self) -> int:
+    return len(self._names)
 
 
 def load_model(directory: str | pathlib.Path | None = None, *, decoder: bool = True) -> Model:
-  """Returns the model of a directory, the shipped one by default.
+  """Returns the model of a directory, the shipped one by default; codecs are loaded when needed.
 
   Args:
     directory: the model directory.
@@ -64,8 +98,8 @@ def load_model(directory: str | pathlib.Path | None = None, *, decoder: bool = T
     path=path,
     vocabulary=vocabulary,
     text=text,
-    **{name: model_dir.load_codec(path, name) if name in info else None for name in CODECS},
+    codecs=_StoredCodecs(path, [name for name in CODECS if name in info]),
     decoder=model_dir.load_decoder(path) if decoder and "decoder" in info else None,
-    recipe=get_recipe(info["recipe"]),
+    recipe=model_dir.read_recipe(path, info),
     fingerprints=fingerprints,
   )

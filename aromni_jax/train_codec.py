@@ -3,28 +3,30 @@
   aromni train_codec --codec=image --workdir=runs/image_codec --out=runs/model
   aromni train_codec --codec=speech --workdir=runs/speech_codec --out=runs/model --data_dir=data
 
-The image codec draws its pictures itself; the speech codec needs the raw sets base and new_objects
-under --data_dir. The same command goes on from the newest checkpoint of --workdir. A --out that
-does not exist starts as a copy of the shipped text model and vocabulary.
+The image codec draws its pictures itself; the speech codec needs the raw --sets under --data_dir.
+The same command goes on from the newest checkpoint of --workdir. A --out that does not exist starts
+as a copy of the shipped text model and vocabulary.
 """
 
 import dataclasses
 import pathlib
 import shutil
 
-from absl import app, flags, logging
+from absl import flags, logging
 
-from aromni_jax import logs, model_dir
-from aromni_jax.codecs.training import fit
-from aromni_jax.pictotalk import train_image
-from aromni_jax.pictotalk.codec_training import TRAININGS
-from aromni_jax.recipes import PAPER
-from aromni_jax.vocabulary import get_vocabulary
+from aromni_jax import logs
+from aromni_jax.codecs.registry import CODECS
+from aromni_jax.pictotalk import world
 
-_CODEC = flags.DEFINE_enum("codec", None, list(TRAININGS), "Which codec.")
+_CODEC = flags.DEFINE_enum(
+  "codec", None, [kind.modality for kind in CODECS.values()], "Which codec."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the checkpoints.")
 _OUT = flags.DEFINE_string("out", None, "Model directory that gets the codec.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of the raw PictoTalk sets.")
+_SETS = flags.DEFINE_multi_enum(
+  "sets", ["base", "new_objects"], world.PRESETS, "PictoTalk sets that it is trained on."
+)
 _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Steps, if not the shipped codec's.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Pictures or one-second crops per step.")
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", None, "Peak learning rate.")
@@ -36,8 +38,14 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters and data.")
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {argv[1:]}")
+  del argv
+  from aromni_jax import model_dir
+  from aromni_jax.codecs.training import fit
+  from aromni_jax.pictotalk import train_image
+  from aromni_jax.pictotalk.codec_training import TRAININGS
+  from aromni_jax.recipes import PAPER
+  from aromni_jax.vocabulary import get_vocabulary
+
   options = {
     "num_steps": _NUM_STEPS.value,
     "batch_size": _BATCH_SIZE.value,
@@ -47,11 +55,10 @@ def main(argv: list[str]) -> None:
   if _START.value:
     options |= {"quantise_after": 0, "decoder_only": _DECODER_ONLY.value}
   elif _DECODER_ONLY.value:
-    raise app.UsageError("--decoder_only needs --start, whose encoder and codes stay")
+    raise ValueError("--decoder_only needs --start, whose encoder and codes stay")
   shipped, make_task = TRAININGS[_CODEC.value]
   config = dataclasses.replace(shipped, **{k: v for k, v in options.items() if v is not None})
-  with logs.clear_errors():
-    task = make_task(config, _DATA_DIR.value)
+  task = make_task(config, _DATA_DIR.value, _SETS.value)
   name = f"{_CODEC.value}_codec"
   start = model_dir.load_codec(_START.value, name) if _START.value else None
   codec = fit(task, config, _WORKDIR.value, start)
@@ -66,9 +73,7 @@ def main(argv: list[str]) -> None:
 
 
 def run() -> None:
-  logs.setup()
-  flags.mark_flags_as_required(["codec", "workdir", "out"])
-  app.run(main)
+  logs.run(main, required=["codec", "workdir", "out"])
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """The small model on PictoTalk.
 
-aromni train --config=configs/demo.py --workdir=runs/demo       nine minutes on two cores
-aromni train --config=configs/demo.py:shipped --workdir=DIR     how the shipped decoder was made
-aromni train --config=configs/demo.py:new_objects --workdir=DIR fine-tunes it on eight new objects
-aromni train --config=configs/demo.py:tiny --workdir=DIR        seconds, to see that all works
+aromni train --config=demo --workdir=runs/demo           nine minutes on two cores
+aromni train --config=demo:shipped --workdir=DIR         how the shipped decoder was made
+aromni train --config=demo:new_objects --workdir=DIR     fine-tunes it on eight new objects
+aromni train --config=demo:tiny --workdir=DIR            seconds, to see that all works
 """
 
-from aromni_jax.configs import base
 from ml_collections import ConfigDict
 
+from aromni_jax.configs import base
 from aromni_jax.tasks import TASKS
 
 ARGUMENTS = ("default", "shipped", "new_objects", "tiny")
@@ -29,7 +29,8 @@ _SHIPPED_MIXTURE = {
 
 def get_config(argument: str = "default") -> ConfigDict:
   if argument not in ARGUMENTS:
-    raise ValueError(f"configs/demo.py:{argument} does not exist; expected one of {ARGUMENTS}")
+    expected = ", ".join(ARGUMENTS)
+    raise ValueError(f"demo:{argument} does not exist; expected one of {expected}")
   c = base.get_config()
   c.batch_size = 8
   c.code_embedding_std = 0.3

@@ -1,16 +1,17 @@
 """Fine-tuning of a converted 7B model on instruction data, responses only.
 
-aromni train --config=configs/finetune_7b.py --workdir=DIR --config.base=models/pretrained \
+aromni train --config=finetune_7b --workdir=DIR --config.base=models/pretrained \
   --config.data.shards=data/instruct          the paper's recipe
-aromni train --config=configs/finetune_7b.py:released ...     the released code's
-aromni train --config=configs/finetune_7b.py:h100:8 ...       for other chips than v5e:16x16,
+aromni train --config=finetune_7b:released ...     the released code's
+aromni train --config=finetune_7b:h100:8 ...       for other chips than v5e:16x16,
   see configs/pods.py; :released,h100:8 is both
 
---config.base is what aromni convert wrote; data.shards what data_pipelines.import_aromni wrote.
+--config.base is what aromni convert wrote; data.shards what aromni import_aromni wrote.
 """
 
-from aromni_jax.configs import base, pods
 from ml_collections import ConfigDict
+
+from aromni_jax.configs import base, pods
 
 
 def get_config(argument: str = "") -> ConfigDict:

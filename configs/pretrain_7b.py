@@ -1,9 +1,9 @@
 """Pre-training of the 7B model (arXiv 2601.17761, section 3).
 
-aromni train --config=configs/pretrain_7b.py --workdir=DIR --config.base=models/anole \
+aromni train --config=pretrain_7b --workdir=DIR --config.base=models/anole \
   --config.data.shards=data/pretrain          the paper's recipe
-aromni train --config=configs/pretrain_7b.py:released ...     the released code's
-aromni train --config=configs/pretrain_7b.py:v5p:4x4x8 ...    for other chips than v5e:16x16,
+aromni train --config=pretrain_7b:released ...     the released code's
+aromni train --config=pretrain_7b:v5p:4x4x8 ...    for other chips than v5e:16x16,
   see configs/pods.py; :released,v5p:4x4x8 is both
 
 It starts from the decoder of --config.base, a converted Anole or Chameleon with a speech codec
@@ -13,8 +13,9 @@ as the machine divides, and there are as many steps as make the same tokens. `ar
 long that takes.
 """
 
-from aromni_jax.configs import base, pods
 from ml_collections import ConfigDict
+
+from aromni_jax.configs import base, pods
 
 
 def get_config(argument: str = "") -> ConfigDict:

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from aromni_jax.data_pipelines import aromni_formats, sample_parts
 
 from aromni_jax.data import token_shards
+from aromni_jax.data_pipelines import aromni_formats, sample_parts
 from aromni_jax.sample import Sample
 from aromni_jax.vocabulary import Vocabulary
 

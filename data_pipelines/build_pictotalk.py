@@ -1,12 +1,12 @@
-"""Builds PictoTalk: `python -m data_pipelines.build_pictotalk --data_dir=DIR --config=base`.
+"""Builds PictoTalk: `aromni build_pictotalk --data_dir=DIR --config=base`.
 
 About a minute for the base set on two cores; returns at once if the set is there.
 """
 
-from absl import app, flags, logging
-from aromni_jax.data_pipelines import picto_talk
+from absl import flags, logging
 
 from aromni_jax import logs
+from aromni_jax.data_pipelines import picto_talk
 from aromni_jax.pictotalk import world
 
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of the TFDS data sets.")
@@ -21,5 +21,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  logs.setup()
-  app.run(main)
+  logs.run(main)

@@ -1,6 +1,6 @@
 """AR-Omni's own training data -> token shards:
 
-  python -m data_pipelines.import_aromni --source=DIR --out=data/tokens_aromni --model=MODEL_DIR
+  aromni import_aromni --source=DIR --out=data/tokens_aromni --model=MODEL_DIR
 
 --source is a folder of JSONL (pre-training) or parquet files (instruction data), or one such file.
 A line that is no sample is left out, counted in manifest.json and named with the reason in
@@ -8,10 +8,10 @@ OUT/rejected.jsonl; with too many of them nothing is written. A job that was kil
 same command: finished input files are kept in OUT.parts until OUT is whole.
 """
 
-from absl import app, flags, logging
-from aromni_jax.data_pipelines.aromni_shards import import_files
+from absl import flags, logging
 
 from aromni_jax import logs, model_dir
+from aromni_jax.data_pipelines.aromni_shards import import_files
 from aromni_jax.vocabulary import get_vocabulary
 
 _SOURCE = flags.DEFINE_string("source", None, "Folder of .jsonl or .parquet files, or one file.")
@@ -30,24 +30,22 @@ _MAX_BAD = flags.DEFINE_float("max_bad_fraction", 0.01, "Share of the lines that
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {argv[1:]}")
-  with logs.clear_errors():
-    if _MODEL.value:
-      vocabulary, fingerprints = model_dir.read_identity(_MODEL.value)
-      metadata = {f"{name}_fingerprint": value for name, value in fingerprints.items()}
-    else:
-      vocabulary, metadata = get_vocabulary(_VOCABULARY.value), {}
-      logging.warning("No --model: training refuses these shards, as it cannot check their codecs.")
-    manifest = import_files(
-      _SOURCE.value,
-      _OUT.value,
-      vocabulary,
-      metadata,
-      max_length=_MAX_LENGTH.value,
-      validation_fraction=_VALIDATION.value,
-      max_bad_fraction=_MAX_BAD.value,
-    )
+  del argv
+  if _MODEL.value:
+    vocabulary, fingerprints = model_dir.read_identity(_MODEL.value)
+    metadata = {f"{name}_fingerprint": value for name, value in fingerprints.items()}
+  else:
+    vocabulary, metadata = get_vocabulary(_VOCABULARY.value), {}
+    logging.warning("No --model: training refuses these shards, as it cannot check their codecs.")
+  manifest = import_files(
+    _SOURCE.value,
+    _OUT.value,
+    vocabulary,
+    metadata,
+    max_length=_MAX_LENGTH.value,
+    validation_fraction=_VALIDATION.value,
+    max_bad_fraction=_MAX_BAD.value,
+  )
   for split, counts in manifest["splits"].items():
     logging.info("%s: %d samples, %d tokens", split, counts["samples"], counts["tokens"])
   for reason, count in manifest["rejected"].items():
@@ -55,6 +53,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  logs.setup()
-  flags.mark_flags_as_required(["source", "out"])
-  app.run(main)
+  logs.run(main, required=["source", "out"])

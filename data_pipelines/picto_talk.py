@@ -8,8 +8,8 @@ import zlib
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
-from aromni_jax.data_pipelines import espeak
 
+from aromni_jax.data_pipelines import espeak
 from aromni_jax.pictotalk import world
 
 SCENES = 4  # pictures per caption

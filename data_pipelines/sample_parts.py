@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from aromni_jax.data_pipelines.aromni_formats import BadLine
 
+from aromni_jax.data_pipelines.aromni_formats import BadLine
 from aromni_jax.sample import Sample
 from aromni_jax.tasks import get_task, task_name
 

@@ -1,6 +1,6 @@
 """PictoTalk -> token shards:
 
-  python -m data_pipelines.tokenize --data_dir=data --config=base --out=data/tokens_base
+  aromni tokenize --data_dir=data --config=base --out=data/tokens_base
 
 Pictures and speech are encoded by the codecs of --model (the shipped ones by default), and every
 caption becomes samples of all nine tasks. About a minute for the base set on two cores. Equal input
@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
 from aromni_jax import logs
 from aromni_jax.codecs import batching
@@ -156,13 +156,11 @@ _MODEL = flags.DEFINE_string("model", None, "Model directory with codecs; the sh
 
 def main(argv: list[str]) -> None:
   del argv
-  with logs.clear_errors():
-    out = _OUT.value or os.path.join(_DATA_DIR.value, f"tokens_{_CONFIG.value}")
-    manifest = tokenise(_DATA_DIR.value, _CONFIG.value, out, load_model(_MODEL.value))
+  out = _OUT.value or os.path.join(_DATA_DIR.value, f"tokens_{_CONFIG.value}")
+  manifest = tokenise(_DATA_DIR.value, _CONFIG.value, out, load_model(_MODEL.value))
   for split, counts in manifest["splits"].items():
     logging.info("%s: %d samples, %d tokens", split, counts["samples"], counts["tokens"])
 
 
 if __name__ == "__main__":
-  logs.setup()
-  app.run(main)
+  logs.run(main)

@@ -1,4 +1,4 @@
-"""Trains the demo's SentencePiece model: `python -m data_pipelines.train_text --out=text.model`.
+"""Trains the demo's SentencePiece model: `aromni train_text --out=text.model`.
 
 Words of PictoTalk's captions and of the prompts are whole pieces, the names of the objects kept for
 fine-tuning are not; the other pieces are parts of English words, and bytes. Takes a few seconds.
@@ -10,14 +10,14 @@ import re
 
 import numpy as np
 import sentencepiece as spm
-from absl import app, flags, logging
+from absl import flags, logging
 
 from aromni_jax import logs
 from aromni_jax.pictotalk import world
 from aromni_jax.tasks import TASKS
 from aromni_jax.vocabulary import get_vocabulary
 
-_OUT = flags.DEFINE_string("out", "aromni_jax/pretrained/text.model", "File to write.")
+_OUT = flags.DEFINE_string("out", "text.model", "File to write.")
 
 _NAMES = ("USER:", "ASSISTANT:", "GPT:", "This is input:")
 
@@ -75,5 +75,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  logs.setup()
-  app.run(main)
+  logs.run(main)

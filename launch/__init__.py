@@ -1,1 +1,1 @@
-"""Starts a training anywhere: `python -m launch.run --help`, docs/launch.md."""
+"""Starts a training anywhere: `aromni launch --help`, docs/launch.md."""

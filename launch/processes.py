@@ -1,7 +1,7 @@
 """Runs a training in several processes of this machine, the same way as on several hosts.
 
-  python -m launch.processes --processes=2 --logs=runs/launch/demo -- \
-    --config=configs/demo.py --workdir=runs/demo
+  python -m aromni_jax.launch.processes --processes=2 --logs=runs/launch/demo -- \
+    --config=demo --workdir=runs/demo
 
 Each process writes process-N.log in --logs, and its lines appear here after [N]. If one is killed,
 or leaves with 42, the others are ended too, and all start again, up to --restarts times; the
@@ -117,7 +117,7 @@ def _free_port() -> int:
 
 def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(
-    prog="python -m launch.processes",
+    prog="python -m aromni_jax.launch.processes",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,

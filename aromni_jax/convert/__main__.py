@@ -14,7 +14,7 @@ written to certificate.json beside the model.
 import pathlib
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
 from aromni_jax import logs
 from aromni_jax.convert import decoders, exporter, importer, logits
@@ -43,36 +43,34 @@ _TOLERANCE = flags.DEFINE_float("tolerance", 1e-3, "Largest difference of logits
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {argv[1:]}")
-  with logs.clear_errors():
-    if (_SOURCE.value is None) == (_MODEL.value is None):
-      raise ValueError("name --source to convert released files, or --model to go back, not both")
-    others = [_FORMAT] if _SOURCE.value else [_VQGAN, _WAVTOKENIZER, _TOKENIZER, _PERCEPTION]
-    for flag in others:
-      if flag.value:
-        raise ValueError(
-          f"--{flag.name} does not go with {'--source' if _SOURCE.value else '--model'}"
-        )
-    if _SOURCE.value:
-      if _OUT.value is None:
-        raise ValueError("--out is missing: the model directory to write")
-      certificate = importer.convert(_sources(), _OUT.value, recipe=get_recipe(_RECIPE.value))
-      logging.info(
-        "Wrote %s: layout %s, %d tensors mapped, %d left out (see %s).",
-        *(_OUT.value, certificate["layout"], len(certificate["mapped"])),
-        *(len(certificate["skipped"]), importer.CERTIFICATE),
+  del argv
+  if (_SOURCE.value is None) == (_MODEL.value is None):
+    raise ValueError("name --source to convert released files, or --model to go back, not both")
+  others = [_FORMAT] if _SOURCE.value else [_VQGAN, _WAVTOKENIZER, _TOKENIZER, _PERCEPTION]
+  for flag in others:
+    if flag.value:
+      raise ValueError(
+        f"--{flag.name} does not go with {'--source' if _SOURCE.value else '--model'}"
       )
-    elif _FORMAT.value:
-      if _OUT.value is None:
-        raise ValueError("--out is missing: the folder to write")
-      exporter.export(_MODEL.value, _OUT.value, _FORMAT.value)
-      logging.info("Wrote %s in layout %s.", _OUT.value, get_layout(_FORMAT.value).name)
-    elif not _VERIFY.value:
-      names = ", ".join(LAYOUTS)
-      raise ValueError(f"--format is missing: which released layout to write ({names})")
-    if _VERIFY.value:
-      _verify(_MODEL.value or _OUT.value, pathlib.Path(_VERIFY.value))
+  if _SOURCE.value:
+    if _OUT.value is None:
+      raise ValueError("--out is missing: the model directory to write")
+    certificate = importer.convert(_sources(), _OUT.value, recipe=get_recipe(_RECIPE.value))
+    logging.info(
+      "Wrote %s: layout %s, %d tensors mapped, %d left out (see %s).",
+      *(_OUT.value, certificate["layout"], len(certificate["mapped"])),
+      *(len(certificate["skipped"]), importer.CERTIFICATE),
+    )
+  elif _FORMAT.value:
+    if _OUT.value is None:
+      raise ValueError("--out is missing: the folder to write")
+    exporter.export(_MODEL.value, _OUT.value, _FORMAT.value)
+    logging.info("Wrote %s in layout %s.", _OUT.value, get_layout(_FORMAT.value).name)
+  elif not _VERIFY.value:
+    names = ", ".join(LAYOUTS)
+    raise ValueError(f"--format is missing: which released layout to write ({names})")
+  if _VERIFY.value:
+    _verify(_MODEL.value or _OUT.value, pathlib.Path(_VERIFY.value))
 
 
 def _sources() -> importer.Sources:
@@ -111,8 +109,7 @@ def _verify(model: str, source: pathlib.Path) -> None:
 
 
 def run() -> None:
-  logs.setup()
-  app.run(main)
+  logs.run(main)
 
 
 if __name__ == "__main__":

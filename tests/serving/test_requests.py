@@ -8,11 +8,11 @@ import sys
 import numpy as np
 import pytest
 import soundfile
-from aromni_jax.data_pipelines import espeak
 from flax import nnx
 from PIL import Image
 
 from aromni_jax.codecs import audio, image_vq
+from aromni_jax.data_pipelines import espeak
 from aromni_jax.decoding.engine import Engine
 from aromni_jax.model import load_model
 from aromni_jax.pictotalk import world
@@ -231,7 +231,7 @@ def test_command_line_errors():
 
 
 def test_missing_codecs_are_named_before_anything_is_computed(model):
-  mute = dataclasses.replace(model, speech_codec=None)
+  mute = dataclasses.replace(model, codecs={"image_codec": model.image_codec})
   with pytest.raises(ValueError, match="has no speech_codec. Convert with --wavtokenizer"):
     generate_batch(mute, [Request("text_to_speech", text="two dogs")])
   (caption,) = generate_batch(
@@ -239,6 +239,8 @@ def test_missing_codecs_are_named_before_anything_is_computed(model):
   )
   assert caption.text
   config = dataclasses.replace(model.image_codec.config, has_decoder=False)
-  reader = dataclasses.replace(model, image_codec=image_vq.ImageVQ(config, rngs=nnx.Rngs(0)))
+  reader = dataclasses.replace(
+    model, codecs={"image_codec": image_vq.ImageVQ(config, rngs=nnx.Rngs(0))}
+  )
   with pytest.raises(ValueError, match="no pixel decoder, and text_to_image draws; convert with"):
     generate_batch(reader, [Request("text_to_image", text="two dogs")])

@@ -3,8 +3,8 @@ import subprocess
 import sys
 
 import pytest
-from aromni_jax.configs import base, demo, finetune_7b, pods, pretrain_7b
 
+from aromni_jax.configs import base, demo, finetune_7b, pods, pretrain_7b
 from aromni_jax.recipes import PAPER, RECIPES, RELEASED
 from aromni_jax.training.config import TrainConfig, to_dataclass
 
@@ -92,7 +92,7 @@ def test_a_missing_field_is_named():
 
 
 def test_unknown_arguments_and_misspelt_flags_are_named():
-  with pytest.raises(ValueError, match="configs/demo.py:big does not exist; expected one of"):
+  with pytest.raises(ValueError, match="demo:big does not exist; expected one of"):
     demo.get_config("big")
   done = subprocess.run(
     [sys.executable, "-m", "aromni_jax.cli", "train", "--config=configs/demo.py:tiny"]
