@@ -9,6 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python} DATA=${DATA:-data} RUNS=${RUNS:-runs}
+aromni() { "$PYTHON" -P -m aromni_jax.cli "$@"; }
 case ${1:-} in
   demo) set=base config=default name="from nothing" other="shipped" ;;
   new_objects) set=new_objects config=new_objects name="after fine-tuning" other="before" ;;
@@ -20,23 +21,23 @@ began=$SECONDS
 say() { echo "== $((SECONDS - began)) s: $*"; }
 
 say "1/5 drawing pictures and speaking captions (PictoTalk $set)"
-"$PYTHON" -m data_pipelines.build_pictotalk --data_dir="$DATA" --config=$set
+aromni build_pictotalk --data_dir="$DATA" --config=$set
 say "2/5 pictures, speech and text to tokens"
 # Tokens of other codecs or another vocabulary are of no use, so they are always made anew.
 rm -rf "$DATA/tokens_$set"
-"$PYTHON" -m data_pipelines.tokenize --data_dir="$DATA" --config=$set
+aromni tokenize --data_dir="$DATA" --config=$set
 say "3/5 training"
 rm -rf "$run"
-"$PYTHON" -m aromni_jax.train --config=configs/demo.py:$config --workdir="$run" \
+aromni train --config=demo:$config --workdir="$run" \
   --config.data.shards="$DATA/tokens_$set"
 say "4/5 evaluation on unseen captions"
 evaluate() {
-  "$PYTHON" -m aromni_jax.evaluate --data_dir="$DATA" --config=$set --limit="$limit" "$@"
+  aromni evaluate --data_dir="$DATA" --config=$set --limit="$limit" "$@"
 }
 evaluate --model="$run/model" --out="$run/evaluation.json"
 evaluate --out="$run/$other.json"
 say "5/5 report"
-"$PYTHON" -m aromni_jax.report --out="$run/report.html" \
+aromni report --out="$run/report.html" \
   --evaluations="$name=$run/evaluation.json" --evaluations="$other=$run/$other.json" \
   --runs="$name=$run"
 say "done: open $run/report.html"

@@ -4,17 +4,18 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python} DATA=${DATA:-data} RUNS=${RUNS:-runs}
+aromni() { "$PYTHON" -P -m aromni_jax.cli "$@"; }
 model=$RUNS/weights/model
 for set in base new_objects; do
-  "$PYTHON" -m data_pipelines.build_pictotalk --data_dir="$DATA" --config=$set
+  aromni build_pictotalk --data_dir="$DATA" --config=$set
 done
 for codec in image speech; do
-  "$PYTHON" -m aromni_jax.train_codec --codec=$codec --workdir="$RUNS/weights/${codec}_codec" \
+  aromni train_codec --codec=$codec --workdir="$RUNS/weights/${codec}_codec" \
     --out="$model" --data_dir="$DATA"
 done
 tokens=$RUNS/weights/tokens_base
-[ -d "$tokens" ] || "$PYTHON" -m data_pipelines.tokenize --data_dir="$DATA" --config=base \
+[ -d "$tokens" ] || aromni tokenize --data_dir="$DATA" --config=base \
   --model="$model" --out="$tokens"
-"$PYTHON" -m aromni_jax.train --config=configs/demo.py:shipped --workdir="$RUNS/weights/decoder" \
+aromni train --config=demo:shipped --workdir="$RUNS/weights/decoder" \
   --config.base="$model" --config.data.shards="$tokens"
 echo "The model directory is $RUNS/weights/decoder/model."

@@ -34,7 +34,7 @@ class CodecTrainingConfig:
     num_steps: optimiser steps.
     batch_size: pictures or clips per step.
     learning_rate: peak rate of AdamW; linear warm-up, then cosine to zero.
-    warmup_steps: steps of the warm-up.
+    warmup_steps: steps of the warm-up; half of all at most.
     quantise_after: steps before the decoder sees codes instead of the encoder's own vectors.
     commitment: weight that pulls the encoder's vectors to their codes.
     codebook_decay: share of the codebook averages kept at each step.
@@ -102,9 +102,8 @@ def make_optimizer(config: CodecTrainingConfig) -> optax.GradientTransformation:
 
   What has no gradient does not move: nothing decays if the decoder alone is trained.
   """
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0, config.learning_rate, config.warmup_steps, config.num_steps
-  )
+  warmup = min(config.warmup_steps, config.num_steps // 2)
+  schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.num_steps)
   return optax.chain(
     optax.clip_by_global_norm(1.0),
     optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=0.0 if config.decoder_only else 1e-4),

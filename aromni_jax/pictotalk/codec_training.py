@@ -1,18 +1,19 @@
 """How the shipped codecs are trained, and on what."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from aromni_jax.codecs import image_vq, speech_codec, train_speech
 from aromni_jax.codecs.training import CodecTask, CodecTrainingConfig
 from aromni_jax.pictotalk import records, train_image, twin_scenes, world
 
-_SETS = ("base", "new_objects")  # codecs are general: only the decoder never sees new objects
 _VOICES = ("f2", "f5", "m2")
 
 
-def image_task(config: CodecTrainingConfig, data_dir: str) -> CodecTask:
-  """Returns the small image codec with scenes of the train captions."""
-  captions = [c for name in _SETS for c in world.captions(name, "train")]
+def image_task(config: CodecTrainingConfig, data_dir: str, sets: Sequence[str]) -> CodecTask:
+  """Returns the small image codec with scenes of the train captions, drawn here."""
+  captions = [c for name in sets for c in world.captions(name, "train")]
   model = image_vq.PRESETS["small"]
   source = twin_scenes.TwinScenes(
     captions, batch_size=config.batch_size, grid=model.grid, seed=config.seed
@@ -22,21 +23,20 @@ def image_task(config: CodecTrainingConfig, data_dir: str) -> CodecTask:
   return train_image.make_task(model, source, held_out)
 
 
-def speech_task(config: CodecTrainingConfig, data_dir: str) -> CodecTask:
+def speech_task(config: CodecTrainingConfig, data_dir: str, sets: Sequence[str]) -> CodecTask:
   """Returns the small speech codec with the phrases of the train captions."""
-  clips, held_out = [], []
-  for name in _SETS:
-    clips += _clips(data_dir, name, "train")
-  held_out = _clips(data_dir, "base", "validation")
+  built = [records.open_set(data_dir, name) for name in sets]
+  clips = [clip for builder in built for clip in _clips(builder, "train")]
+  unseen = "validation" if "validation" in built[0].info.splits else "test"  # tiny has none
+  held_out = _clips(built[0], unseen)
   return train_speech.make_task(speech_codec.PRESETS["small"], config, clips, held_out)
 
 
-def _clips(data_dir: str, name: str, split: str) -> list[np.ndarray]:
-  source = records.open_set(data_dir, name).as_data_source(split)
-  return [record[f"speech_{v}"] for record in source for v in _VOICES]
+def _clips(builder, split: str) -> list[np.ndarray]:
+  return [record[f"speech_{v}"] for record in builder.as_data_source(split) for v in _VOICES]
 
 
-# Codec -> how the shipped one is trained, and (config, data_dir) -> what the training loop needs.
+# Codec -> how the shipped one is trained, and (config, data_dir, sets) -> what the loop needs.
 TRAININGS = {
   "image": (
     CodecTrainingConfig(num_steps=4700, batch_size=16, learning_rate=2e-3, warmup_steps=50),
