@@ -31,19 +31,13 @@ class _OnlyForMarked(importlib.abc.MetaPathFinder):
 sys.modules.pop("libtpu", None)  # JAX has looked for it; it asks again when it compiles for TPUs
 sys.meta_path.insert(0, _OnlyForMarked())
 
-import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from aromni_jax import model_dir  # noqa: E402
 from aromni_jax.codecs.registry import CODECS  # noqa: E402
-from aromni_jax.codecs.text import SentencePieceText  # noqa: E402
 from aromni_jax.data import token_shards  # noqa: E402
-from aromni_jax.prompts import make_sample  # noqa: E402
-from aromni_jax.recipes import PAPER  # noqa: E402
-from aromni_jax.sample import Parts  # noqa: E402
-from aromni_jax.tasks import TASKS  # noqa: E402
-from aromni_jax.vocabulary import get_vocabulary  # noqa: E402
 from tests import installed as installed_lib  # noqa: E402
+from tests.tiny import VOCABULARY, random_samples, text_model  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
@@ -57,43 +51,15 @@ def pytest_runtest_setup(item):
   _OnlyForMarked.markers = {marker.name for marker in item.iter_markers()}
 
 
-def random_samples(count: int, seed: int = 0, tasks=tuple(TASKS)):
-  """Yields samples of all tasks with random codes."""
-  vocabulary = get_vocabulary("demo")
-  text = SentencePieceText(model_dir.SHIPPED / "text.model", vocabulary)
-  rng = np.random.default_rng(seed)
-
-  def part(name):
-    if name == "image":
-      return rng.integers(0, len(vocabulary.image), vocabulary.image_length)
-    if name == "speech":
-      return rng.integers(0, len(vocabulary.speech), rng.integers(3, 60))
-    return " ".join(rng.choice(["two", "dogs", "on", "blue"], rng.integers(1, 5)))
-
-  for i in range(count):
-    task = tasks[i % len(tasks)]
-    yield make_sample(
-      task,
-      vocabulary,
-      text,
-      recipe=PAPER,
-      inputs=Parts(**{n: part(n) for n in TASKS[task].inputs}),
-      response=Parts(**{n: part(n) for n in TASKS[task].parts}),
-      key=f"item{i}",
-    )
-
-
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
   """Token shards of random samples that the shipped codecs could have made."""
   out = tmp_path_factory.mktemp("data") / "tokens"
   info = model_dir.read_info(model_dir.SHIPPED)
-  vocabulary = get_vocabulary("demo")
-  text = SentencePieceText(model_dir.SHIPPED / "text.model", vocabulary)
   metadata = {f"{name}_fingerprint": info[name]["fingerprint"] for name in CODECS}
-  metadata["text_fingerprint"] = text.fingerprint()
+  metadata["text_fingerprint"] = text_model().fingerprint()
   splits = {"train": random_samples(360), "validation": random_samples(36, seed=1)}
-  token_shards.write(out, splits, vocabulary, metadata)
+  token_shards.write(out, splits, VOCABULARY, metadata)
   return out
 
 

@@ -3,8 +3,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aromni_jax import model_dir
-from aromni_jax.codecs.text import SentencePieceText
 from aromni_jax.prompts import (
   make_chat_prompt,
   make_prompt,
@@ -17,9 +15,10 @@ from aromni_jax.recipes import PAPER, RECIPES, RELEASED, get_recipe
 from aromni_jax.sample import Parts, Sample, Turn, without_prompt
 from aromni_jax.tasks import TASKS
 from aromni_jax.vocabulary import get_vocabulary
+from tests import tiny
 
 VOCABULARY = get_vocabulary("demo")
-TEXT = SentencePieceText(model_dir.SHIPPED / "text.model", VOCABULARY)
+TEXT = tiny.text_model()
 WORDS = ("one", "two", "dogs", "volcano", "on", "blue", "Zürich", "7")
 
 

@@ -9,14 +9,12 @@ from flax import nnx
 from aromni_jax.codecs import batching, seanet, speech_codec
 from aromni_jax.convert import speech_codec_names
 from aromni_jax.models import params as codec_params
-from tests import parity
+from tests import parity, tiny
 
 TINY = speech_codec.SpeechCodecConfig(
   num_filters=4, embed_dim=32, num_codes=64, dim=64, mlp_dim=96, num_layers=3
 )
-SMALL = dataclasses.replace(
-  speech_codec.PRESETS["small"], encoder_dim=16, encoder_layers=1, dim=16, mlp_dim=32, num_layers=2
-)
+SMALL = tiny.SPEECH_CODEC
 
 
 @pytest.fixture(scope="module")

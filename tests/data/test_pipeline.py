@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from aromni_jax import model_dir
-from aromni_jax.codecs.text import SentencePieceText
 from aromni_jax.data import packing, token_shards
 from aromni_jax.data.loss_weights import LossWeightConfig, loss_weights
 from aromni_jax.data.pipeline import DataConfig, PackedRows, RowPlan, make_train_iterator
 from aromni_jax.sample import Sample
 from aromni_jax.tasks import TASKS, task_name
 from aromni_jax.vocabulary import IMAGE, SPEECH, get_vocabulary
-from tests.conftest import random_samples
+from tests.tiny import random_samples, text_model
 
 VOCABULARY = get_vocabulary("demo")
 
@@ -329,5 +327,5 @@ def test_two_writes_are_identical(tmp_path):
 
 
 def test_text_codec_of_the_fixture_is_the_shipped_one():
-  text = SentencePieceText(model_dir.SHIPPED / "text.model", VOCABULARY)
+  text = text_model()
   assert text.decode(text.encode("two dogs on blue")) == "two dogs on blue"

@@ -8,17 +8,9 @@ import pytest
 from aromni_jax import model_dir
 from aromni_jax.codecs import batching, image_vq, training
 from aromni_jax.pictotalk import train_image, twin_scenes, world
+from tests import tiny
 
-MODEL = image_vq.ImageVQConfig(
-  resolution=64,
-  ch=4,
-  ch_mult=(1, 1, 2, 2),
-  num_res_blocks=1,
-  z_channels=8,
-  embed_dim=4,
-  n_embed=16,
-  num_groups=4,
-)
+MODEL = tiny.IMAGE_CODEC
 CONFIG = training.CodecTrainingConfig(
   num_steps=20, batch_size=2, warmup_steps=1, quantise_after=2, learning_rate=5e-3
 )
