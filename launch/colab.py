@@ -4,10 +4,9 @@ import json
 import shlex
 
 from aromni_jax.launch import shell
-from aromni_jax.launch.job import File, Job, Option, Rendered
+from aromni_jax.launch.job import File, Job, Option, Rendered, Target
 
-ABOUT = "a Colab notebook for one TPU or GPU"
-OPTIONS = (
+_OPTIONS = (
   Option("repository", "What git clones: a URL, or a path in the mounted Drive.", required=True),
 )
 
@@ -77,3 +76,10 @@ def render(job: Job) -> Rendered:
 def _cell(kind: str, source: str) -> dict:
   cell = {"cell_type": kind, "metadata": {}, "source": source.rstrip("\n").splitlines(True)}
   return cell | ({"execution_count": None, "outputs": []} if kind == "code" else {})
+
+
+TARGET = Target(
+  about="a Colab notebook for one TPU or GPU",
+  options=_OPTIONS,
+  render=render,
+)

@@ -1,12 +1,19 @@
-"""What a launch is made of: a job goes into a target's `render`, files and commands come out."""
+"""What a launch is made of: a job goes into a target's `render`, files and commands come out.
+
+A target is a module here that ends with its `TARGET`, and a line in `run.TARGETS`.
+"""
 
 import argparse
 import dataclasses
 import re
 import shlex
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from aromni_jax.cluster.hardware import Topology
+
+if TYPE_CHECKING:
+  from aromni_jax.training.config import TrainConfig
 
 _END = "END_OF_FILE"
 
@@ -85,6 +92,34 @@ class Rendered:
     for file in self.files:
       lines += [f"cat > {shlex.quote(file.path)} <<'{_END}'", file.text.rstrip("\n"), _END]
     return "\n".join([*lines, *map(shlex.join, self.commands)]) + "\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """A place where trainings run.
+
+  Attributes:
+    about: what it is, half a line.
+    options: its own.
+    render: what a job stands for there. Raises ValueError for a topology that it cannot take.
+    topology: whether --topology says what it runs on; otherwise it is this machine.
+    packed: whether workers get the packed checkout, and so no configuration from elsewhere.
+    shared_by: the option that says that paths without gs:// are shared by all workers; None where
+      nobody doubts it.
+    mounts: options -> whether the buckets of the training line are mounted there.
+    mount_hint: how to mount one where they are not; {bucket} is its name.
+    check: raises ValueError for a configuration and options that do not go together.
+  """
+
+  about: str
+  options: tuple[Option, ...]
+  render: Callable[[Job], Rendered]
+  topology: bool = True
+  packed: bool = False
+  shared_by: str | None = None
+  mounts: Callable[[argparse.Namespace], bool] = lambda options: False
+  mount_hint: str = "mount it on every machine, and give the path there"
+  check: Callable[["TrainConfig", argparse.Namespace], None] = lambda config, options: None
 
 
 def check_name(name: str) -> None:

@@ -1,6 +1,6 @@
 """Starts a training in any place, with the line that starts it here.
 
-  python -m launch.run --target=TARGET [--topology=T] [options] -- --config=FILE --workdir=DIR ...
+  aromni launch --target=TARGET [--topology=T] [options] -- --config=NAME --workdir=DIR ...
 
 Everything after -- goes to `aromni train` unchanged. The configuration, the topology, the paths
 and the programs are checked before anything is booked. --dry-run prints a shell script of all that
@@ -14,25 +14,32 @@ import pathlib
 import re
 import subprocess
 import sys
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from absl import flags
-from aromni_jax.launch import colab, local, preflight, shell, slurm, tpu_vm, xpk
-from aromni_jax.launch.job import Job, Option, Rendered, check_name
 
 from aromni_jax import train
 from aromni_jax.cluster.hardware import parse_topology
-from aromni_jax.training.config import TrainConfig, to_dataclass
+from aromni_jax.launch import colab, local, preflight, shell, slurm, tpu_vm, xpk
+from aromni_jax.launch.job import Job, Option, Rendered, check_name
 
-ROOT = pathlib.Path(__file__).parents[1]
-TARGETS = {"tpu_vm": tpu_vm, "xpk": xpk, "slurm": slurm, "local": local, "colab": colab}
+if TYPE_CHECKING:
+  from aromni_jax.training.config import TrainConfig
+
+TARGETS = {
+  "tpu_vm": tpu_vm.TARGET,
+  "xpk": xpk.TARGET,
+  "slurm": slurm.TARGET,
+  "local": local.TARGET,
+  "colab": colab.TARGET,
+}
 _OURS = ("coordinator", "num_processes", "process_id")
 
 
 class Line(NamedTuple):
   """What the training line says."""
 
-  config: TrainConfig
+  config: "TrainConfig"
   config_file: str
   workdir: str
 
@@ -50,8 +57,8 @@ def read_line(arguments: list[str]) -> Line:
   train.define_flags(values, ["train", *arguments])
   try:
     rest = values(["train", *arguments])[1:]
-  except (flags.Error, OSError, AttributeError, KeyError, TypeError) as e:
-    raise ValueError(f"the training line: {_reason(e)}") from e
+  except flags.Error as e:
+    raise ValueError(f"the training line: {' '.join(str(e).split())}") from e
   if rest:
     raise ValueError(f"the training line has unexpected arguments {rest}")
   for name in ("config", "workdir"):
@@ -60,14 +67,10 @@ def read_line(arguments: list[str]) -> Line:
   for name in _OURS:
     if values[name].present:
       raise ValueError(f"the training line has --{name}, which the launcher adds; leave it out")
+  from aromni_jax.training.config import TrainConfig, to_dataclass  # slow: after what may be wrong
+
   config = to_dataclass(TrainConfig, values["config"].value.to_dict())
   return Line(config, values["config"].config_filename, values["workdir"].value)
-
-
-def _reason(error: Exception) -> str:
-  """Returns a message on one line, of a traceback inside it the end."""
-  lines = [line for line in str(error).replace("\\n", "\n").splitlines() if line.strip()]
-  return lines[-1] if "Traceback" in str(error) else " ".join(lines).replace("\\'", "'")
 
 
 def plan(argv: list[str]) -> tuple[argparse.Namespace, Rendered]:
@@ -81,36 +84,32 @@ def plan(argv: list[str]) -> tuple[argparse.Namespace, Rendered]:
   options = _parse(argv[:at])
   arguments = argv[at + 1 :]
   if not arguments:
-    raise ValueError("there is no training line; give it after --, e.g. -- --config=FILE ...")
+    raise ValueError("there is no training line; give it after --, e.g. -- --config=demo:tiny ...")
   line = read_line(arguments)
   name = options.name or _name(line.workdir)
   check_name(name)
   target = TARGETS[options.target]
-  topology = None
-  if options.target == "local":
-    if options.topology:
-      raise ValueError(
-        f"--topology={options.topology} is not for --target=local; say --processes and --devices"
-      )
-    if options.devices is not None:
-      devices = options.processes * options.devices
-      preflight.check_here(line.config, devices, options.processes)
-  else:
-    if not options.topology:
-      raise ValueError(f"--target={options.target} needs --topology, e.g. --topology=v5e:16x16")
-    topology = parse_topology(options.topology)
+  if target.topology and not options.topology:
+    raise ValueError(f"--target={options.target} needs --topology, e.g. --topology=v5e:16x16")
+  if options.topology and not target.topology:
+    raise ValueError(
+      f"--topology={options.topology} is not for --target={options.target}, which runs on this "
+      "machine; leave it out"
+    )
+  topology = parse_topology(options.topology) if target.topology else None
+  target.check(line.config, options)
   folder = f"{options.out.rstrip('/')}/{name}"
   job = Job(name, topology, tuple(arguments), line.workdir, folder, options)
   rendered = target.render(job)  # first: it knows best which topology it cannot take
   if topology:
     preflight.check_fit(line.config, topology)
-  if options.target in ("tpu_vm", "xpk"):
+  if target.packed:
     preflight.check_packed(line.config_file)
-    if not (options.mounted if options.target == "tpu_vm" else options.storage):
-      paths = {"workdir": line.workdir, "config.data.shards": line.config.data.shards}
-      preflight.check_shared(paths | {"config.base": line.config.base})
-  storage = options.storage if options.target == "xpk" else ""
-  preflight.check_mounted(shell.mounted(job.arguments)[1], options.target, storage)
+  if target.shared_by and not getattr(options, target.shared_by):
+    paths = {"workdir": line.workdir, "config.data.shards": line.config.data.shards}
+    preflight.check_shared(paths | {"config.base": line.config.base}, target.shared_by)
+  if not target.mounts(options):
+    preflight.check_mounted(shell.mounted(job.arguments)[1], target.mount_hint)
   return options, rendered
 
 
@@ -128,7 +127,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
   parser = make_parser(target)
   options, unknown = parser.parse_known_args(argv)
   if unknown:
-    has = ", ".join(f"--{option.name}" for option in TARGETS[target].OPTIONS)
+    has = ", ".join(f"--{option.name}" for option in TARGETS[target].options)
     parser.error(f"{' '.join(unknown)}: no option of --target={target}, which has {has}")
   return options
 
@@ -136,8 +135,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def make_parser(target: str | None = None) -> argparse.ArgumentParser:
   """Returns the parser of the launcher with the options of a target; without one, it tells all."""
   parser = argparse.ArgumentParser(
-    prog="python -m launch.run",
-    usage="python -m launch.run --target=TARGET [options] -- --config=FILE --workdir=DIR ...",
+    prog="aromni launch",
+    usage="aromni launch --target=TARGET [options] -- --config=NAME --workdir=DIR ...",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
@@ -151,14 +150,14 @@ def make_parser(target: str | None = None) -> argparse.ArgumentParser:
     "--out", default="runs/launch", help="Folder for a folder with the job's files and logs."
   )
   parser.add_argument("--dry-run", action="store_true", help="Prints what would be done.")
-  for name, module in TARGETS.items():
-    title = f"--target={name}: {module.ABOUT}"
+  for name, entry in TARGETS.items():
+    title = f"--target={name}: {entry.about}"
     if target is None:
-      lines = [f"  --{option.name:19s} {_help(option)}" for option in module.OPTIONS]
+      lines = [f"  --{option.name:19s} {_help(option)}" for option in entry.options]
       parser.add_argument_group(title, "\n".join(lines))
     elif target == name:
       group = parser.add_argument_group(title)
-      for option in module.OPTIONS:
+      for option in entry.options:
         if option.default is False:
           group.add_argument(f"--{option.name}", action="store_true", help=_help(option))
         else:
@@ -174,27 +173,22 @@ def _help(option: Option) -> str:
 
 
 def execute(rendered: Rendered) -> int:
-  """Writes the files and runs the commands in the checkout, the last one in place of this process.
+  """Writes the files and runs the commands here, the last one in place of this process.
 
   Returns:
     the first exit code that is not 0, or 0 if there is no command.
-
-  Raises:
-    FileNotFoundError: if a program is not on PATH, before anything is written.
   """
-  preflight.check_tools(rendered.tools)
   for file in rendered.files:
-    path = ROOT / file.path
+    path = pathlib.Path(file.path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(file.text)
     print(f"wrote {path}", flush=True)
   for command in rendered.commands[:-1]:
-    code = subprocess.run(command, cwd=ROOT).returncode
+    code = subprocess.run(command).returncode
     if code:
       return code
   if rendered.commands:
     sys.stdout.flush()
-    os.chdir(ROOT)
     last = rendered.commands[-1]
     os.execvp(last[0], last)  # in place of this process, so that signals reach it
   return 0
@@ -206,6 +200,9 @@ def main(argv: list[str]) -> int:
     if options.dry_run:
       print(rendered.script(), end="")
       return 0
+    preflight.check_tools(rendered.tools)
+    if TARGETS[options.target].packed:
+      preflight.check_checkout()
     return execute(rendered)
   except (ValueError, OSError) as e:
     print(f"error: {e}", file=sys.stderr)

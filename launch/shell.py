@@ -5,7 +5,7 @@ import shlex
 from aromni_jax.cluster import xla_flags
 
 # What a worker needs to install the package and to read configurations.
-SOURCES = ("setup.py", "pyproject.toml", "aromni_jax", "configs")
+SOURCES = ("setup.py", "pyproject.toml", "aromni_jax", "configs", "data_pipelines", "launch")
 
 # A signal ends `wait` before the training has saved and left, so it is waited for again.
 _SUPERVISE = """\

@@ -8,13 +8,11 @@ local rank, so a task per node would leave GPUs idle, and every task must see al
 import shlex
 import sys
 
-from aromni_jax.launch import shell
-from aromni_jax.launch.job import File, Job, Option, Rendered, whole
-
 from aromni_jax.cluster import watch
+from aromni_jax.launch import shell
+from aromni_jax.launch.job import File, Job, Option, Rendered, Target, whole
 
-ABOUT = "GPU nodes of a SLURM cluster"
-OPTIONS = (
+_OPTIONS = (
   Option("partition", "Partition; by default the cluster's."),
   Option("account", "Account that is charged; by default the user's."),
   Option("time", "Time limit, as sbatch reads it; the run goes on in a next job.", "24:00:00"),
@@ -101,3 +99,10 @@ def render(job: Job) -> Rendered:
   )
   path = f"{job.folder}/train.sbatch"
   return Rendered(files=(File(path, batch),), commands=(("sbatch", path),), tools=("sbatch",))
+
+
+TARGET = Target(
+  about="GPU nodes of a SLURM cluster",
+  options=_OPTIONS,
+  render=render,
+)

@@ -6,13 +6,11 @@ runs on every worker, where the training goes on if the connection is lost.
 
 import shlex
 
-from aromni_jax.launch import shell, tpu
-from aromni_jax.launch.job import File, Job, Option, Rendered, whole
-
 from aromni_jax.cluster import watch
+from aromni_jax.launch import shell, tpu
+from aromni_jax.launch.job import File, Job, Option, Rendered, Target, whole
 
-ABOUT = "TPU VMs as queued resources of Google Cloud, one or several slices"
-OPTIONS = (
+_OPTIONS = (
   Option("project", "Google Cloud project.", required=True),
   Option("zone", "Zone, e.g. us-west4-a.", required=True),
   Option("runtime-version", "Software of the TPU VMs; by default the one for the chip."),
@@ -259,3 +257,13 @@ def _controller(job: Job) -> str:
 
 def _indent(text: str) -> str:
   return "".join(f"  {line}\n" for line in text.splitlines())
+
+
+TARGET = Target(
+  about="TPU VMs as queued resources of Google Cloud, one or several slices",
+  options=_OPTIONS,
+  render=render,
+  packed=True,
+  shared_by="mounted",
+  mounts=lambda options: True,
+)

@@ -5,10 +5,9 @@ folder is the packed working tree and `train.sh`, so that quoting and reasons li
 """
 
 from aromni_jax.launch import shell, tpu
-from aromni_jax.launch.job import File, Job, Option, Rendered, whole
+from aromni_jax.launch.job import File, Job, Option, Rendered, Target, whole
 
-ABOUT = "a GKE cluster through xpk, one or several slices of TPU"
-OPTIONS = (
+_OPTIONS = (
   Option("project", "Google Cloud project.", required=True),
   Option("zone", "Zone of the cluster, e.g. us-west4-a.", required=True),
   Option("cluster", "The cluster, made with xpk cluster create.", required=True),
@@ -61,3 +60,15 @@ def render(job: Job) -> Rendered:
     commands=(shell.pack(archive), ("tar", "-xf", archive, "-C", source), tuple(create)),
     tools=("xpk",),
   )
+
+
+TARGET = Target(
+  about="a GKE cluster through xpk, one or several slices of TPU",
+  options=_OPTIONS,
+  render=render,
+  packed=True,
+  shared_by="storage",
+  mounts=lambda options: bool(options.storage),
+  mount_hint="attach it once (xpk storage attach NAME --type=gcsfuse --bucket={bucket} "
+  "--mount-point=/mnt/{bucket} ...) and name it with --storage=NAME",
+)

@@ -8,9 +8,10 @@ import re
 import subprocess
 
 import pytest
-from aromni_jax.launch import run, tpu
 
 from aromni_jax.cluster.hardware import parse_topology
+from aromni_jax.launch import run, tpu
+from aromni_jax.launch.job import Option, Rendered, Target
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CLOUD = ("--project=my-project", "--zone=us-west4-a")
@@ -19,34 +20,34 @@ REST = (
   *("--config.base=gs://bucket/anole", "--config.data.shards=gs://bucket/tokens"),
 )
 SHARED = tuple(word.replace("gs://bucket", "/shared") for word in REST)
-LINE = ("--config=configs/pretrain_7b.py", *REST)
-HERE = ("--config=configs/demo.py:tiny", "--workdir=runs/tiny")
+LINE = ("--config=pretrain_7b", *REST)
+HERE = ("--config=demo:tiny", "--workdir=runs/tiny")
 
 CASES = {
   "tpu_vm": ("--target=tpu_vm", "--topology=v5e:16x16", *CLOUD, "--", *LINE),
   "tpu_vm_two_slices": (
     *("--target=tpu_vm", "--topology=2xv5p:4x4x8", "--spot", "--keep", "--restarts=0"),
     *("--name=two", "--out=elsewhere", *CLOUD, "--mounted", "--"),
-    *("--config=configs/pretrain_7b.py:released,v5p:4x4x8", *REST),
+    *("--config=pretrain_7b:released,v5p:4x4x8", *REST),
     *("--workdir=/mnt/shared/first", "--config.mesh.data=2"),
   ),
   "xpk": (
     *("--target=xpk", "--topology=v5p:4x4x8", *CLOUD, "--cluster=pod", "--storage=disk", "--"),
-    *("--config=configs/pretrain_7b.py:v5p:4x4x8", *REST),
+    *("--config=pretrain_7b:v5p:4x4x8", *REST),
   ),
   "xpk_two_slices": (
     *("--target=xpk", "--topology=2xv5e:16x16", *CLOUD, "--cluster=pod", "--storage=disk"),
     *("--priority=high", "--restarts=5", "--"),
-    *("--config=configs/pretrain_7b.py:2xv5e:16x16", *REST),
+    *("--config=pretrain_7b:2xv5e:16x16", *REST),
   ),
   "slurm": (
     *("--target=slurm", "--topology=h100:8", "--python=python", "--"),
-    *("--config=configs/pretrain_7b.py:h100:8", *SHARED),
+    *("--config=pretrain_7b:h100:8", *SHARED),
   ),
   "slurm_two_nodes": (
     *("--target=slurm", "--topology=h100:16", "--partition=gpu", "--account=me"),
     *("--setup=module load cuda", "--python=.venv/bin/python", "--time=02:00:00", "--"),
-    *("--config=configs/finetune_7b.py:h100:8", *SHARED),
+    *("--config=finetune_7b:h100:8", *SHARED),
     *("--config.mesh.data=2", "--config.accumulate=4"),
   ),
   "local": (
@@ -55,7 +56,7 @@ CASES = {
   ),
   "colab": (
     *("--target=colab", "--topology=v6e:1x1", "--repository=https://example.com/aromni_jax"),
-    *("--", "--config=configs/demo.py:shipped", "--workdir=/content/drive/MyDrive/demo"),
+    *("--", "--config=demo:shipped", "--workdir=/content/drive/MyDrive/demo"),
   ),
 }
 
@@ -168,7 +169,10 @@ WRONG = {
   "unknown key": (changed("tpu_vm", "--config.model.num_layer=1"), "did you mean|Did you mean"),
   "unknown flag": (changed("tpu_vm", "--workdirs=x"), "Unknown command line flag 'workdirs'"),
   "bad value": (changed("tpu_vm", "--config.batch_size=many"), "many"),
-  "argument": (changed("tpu_vm", "--config=configs/pretrain_7b.py:x"), "py:x does not exist"),
+  "argument": (
+    changed("tpu_vm", "--config=pretrain_7b:x"),
+    "pretrain_7b:x does not exist",
+  ),
   "no config": (changed("tpu_vm", drop=["--config=", "--config."]), "has no --config"),
   "no workdir": (changed("tpu_vm", drop=["--workdir"]), "has no --workdir"),
   "ours": (["--target=local", "--", *HERE, "--coordinator=auto"], "has --coordinator, which the"),
@@ -211,13 +215,40 @@ def test_options_are_checked(argv, message, capsys):
   assert message in capsys.readouterr().err
 
 
+def test_a_target_is_one_entry(monkeypatch, capsys):
+  """What plan, help and errors need to know of a target stands in its entry."""
+  moon = Target(
+    about="a computer on the moon",
+    options=(Option("lander", "Which one.", required=True), Option("cable", "It has one.", False)),
+    render=lambda job: Rendered(commands=(("fly", job.options.lander, *job.arguments),)),
+    topology=False,
+    shared_by="cable",
+    mount_hint="carry {bucket} there",
+  )
+  monkeypatch.setitem(run.TARGETS, "moon", moon)
+  argv = ["--target=moon", "--lander=eagle", "--", *HERE, "--config.base=/disk/base"]
+  assert run.main(argv) == 1
+  assert "workers could not share it; expected gs://BUCKET/..., or" in capsys.readouterr().err
+  (command,) = render(["--cable", *argv]).commands
+  assert command[:2] == ("fly", "eagle") and "--config.base=/disk/base" in command
+  assert run.main(["--cable", *argv, "--config.base=gs://b/x"]) == 1
+  assert "gs://b must be mounted, since training reads and writes files: carry b" in (
+    capsys.readouterr().err
+  )
+  assert run.main(["--topology=v5e:4x4", *argv]) == 1
+  assert "--topology=v5e:4x4 is not for --target=moon" in capsys.readouterr().err
+  with pytest.raises(SystemExit):
+    run.main(["--help"])
+  assert "--target=moon: a computer on the moon" in capsys.readouterr().out
+
+
 def test_help_lists_every_option(capsys):
   with pytest.raises(SystemExit):
     run.main(["--help"])
   text = capsys.readouterr().out
-  for name, module in run.TARGETS.items():
+  for name, target in run.TARGETS.items():
     section = text[text.index(f"--target={name}:") :]
-    assert all(f"--{option.name} " in section for option in module.OPTIONS)
+    assert all(f"--{option.name} " in section for option in target.options)
 
 
 @pytest.mark.parametrize("name, tool", [("tpu_vm", "gcloud"), ("xpk", "xpk"), ("slurm", "sbatch")])
@@ -225,14 +256,14 @@ def test_a_missing_program_is_named_before_anything_is_written(
   name, tool, tmp_path, monkeypatch, capsys
 ):
   monkeypatch.setenv("PATH", str(tmp_path))
-  monkeypatch.setattr(run, "ROOT", tmp_path)
+  monkeypatch.chdir(tmp_path)
   assert run.main(list(CASES[name])) == 1
   assert f"error: {tool} is not on PATH; " in capsys.readouterr().err
   assert not any(tmp_path.iterdir())
 
 
 def test_colab_writes_its_notebook(tmp_path, monkeypatch):
-  monkeypatch.setattr(run, "ROOT", tmp_path)
+  monkeypatch.chdir(tmp_path)
   assert run.main(list(CASES["colab"])) == 0
   (path,) = (p for p in tmp_path.rglob("*") if p.is_file())
   assert path.relative_to(tmp_path) == pathlib.Path("runs/launch/demo/demo.ipynb")

@@ -6,14 +6,17 @@ kind of end must have its consequence.
 
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+
 from aromni_jax.launch import run
 
+ROOT = pathlib.Path(__file__).parents[2]
 AWKWARD = (
   "--workdir=gs://bucket/first run",
   '--config.data.shards=gs://bucket/it\'s "so"/$HOME/`date`/\\n/*/{a}/%(b)s/#!&',
@@ -140,7 +143,7 @@ class Place:
 
   def __init__(self, path):
     self.path = path
-    for name in ("aromni_jax", "configs", "bin"):
+    for name in ("aromni_jax", "configs", "data_pipelines", "launch", "bin"):
       (path / name).mkdir()
     for name in ("setup.py", "pyproject.toml"):
       (path / name).touch()
@@ -356,10 +359,10 @@ def test_signals_reach_what_was_launched(place):
   (place.path / "wait").touch()
   own = ("--target=local", f"--python={place.path / 'bin/python'}", f"--out={place.path}")
   words = ("--config=configs/demo.py:tiny", "--workdir=two words")
-  command = [sys.executable, "-m", "launch.run", *own, "--", *words]
-  launcher = subprocess.Popen(command, cwd=run.ROOT, env=place.env)
+  command = [sys.executable, "-m", "aromni_jax.cli", "launch", *own, "--", *words]
+  launcher = subprocess.Popen(command, cwd=ROOT, env=place.env)
   place.wait_for("waiting")
   launcher.terminate()
   assert launcher.wait(timeout=30) == 42
   ((argv, _),) = place.records("trainings")
-  assert argv[:2] == ["-m", "launch.processes"] and argv[-3:] == ["--", *words]
+  assert argv[:2] == ["-m", "aromni_jax.launch.processes"] and argv[-3:] == ["--", *words]
