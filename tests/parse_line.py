@@ -80,6 +80,8 @@ def failure(words: list[str]) -> str | None:
 
 if __name__ == "__main__":
   if len(sys.argv) > 1:
+    if "-P" not in sys.argv[1:]:
+      sys.path[0] = os.getcwd()  # as `python -m` has it
     try:
       run(["python", *sys.argv[1:]])
     except SystemExit as e:
