@@ -1,7 +1,7 @@
 """Joins the processes of a run, and lets them compare notes before anything is computed.
 
-Messages go through the coordination service that `jax.distributed` starts in process 0. JAX has no
-public name for its client; Orbax uses it in the same way.
+Messages go through the coordination service that `jax.distributed` starts in process 0, see
+`compat.coordination`.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from typing import Any
 
 import jax
 from absl import logging
-from jax._src import distributed
 
 import aromni_jax
+from aromni_jax import compat
 from aromni_jax.cluster import watch
 
 _calls: Counter[str] = Counter()  # how often a name was used, the same in all processes
@@ -84,7 +84,7 @@ def join(
           "MPI or GKE. Give --coordinator=HOST:PORT, --num_processes and --process_id"
         ) from e
       raise
-  state = distributed.global_state
+  state = compat.coordination()
   watch.start(state.client, state.process_id, state.num_processes, host_timeout)
   logging.info("Process %d of %d has joined.", state.process_id, state.num_processes)
 
@@ -164,7 +164,7 @@ def gather(name: str, value: str) -> list[str]:
   Raises:
     TimeoutError: if not all have come after `--join_timeout`.
   """
-  state = distributed.global_state
+  state = compat.coordination()
   if state.client is None:
     return [value]
   _calls[name] += 1
@@ -210,7 +210,7 @@ def agree(mine: Mapping[str, str]) -> None:
   if not differ:
     return
   chosen = [0, *differ[:3]]
-  index = distributed.global_state.process_id
+  index = compat.coordination().process_id
   whole = gather("differing facts", json.dumps(mine) if index in chosen else "")
   first = json.loads(whole[0])
   lines = []
@@ -225,18 +225,23 @@ def agree(mine: Mapping[str, str]) -> None:
   )
 
 
+def local_folder(workdir: str) -> pathlib.Path:
+  """Returns the folder of a run. Raises ValueError if it is the address of a bucket."""
+  if "://" in workdir:
+    raise ValueError(
+      f"--workdir {workdir} is an address; expected a folder that all hosts share. Mount the "
+      "bucket (gcsfuse; or use Filestore, NFS) and give its folder"
+    )
+  return pathlib.Path(workdir)
+
+
 def check_workdir(workdir: str) -> None:
   """Writes a probe into the folder of the run, from every process, and deletes it.
 
   Raises:
     ValueError: in all processes, if one cannot write, or the folder is not the same for all.
   """
-  if "://" in workdir:
-    raise ValueError(
-      f"--workdir {workdir} is an address; expected a folder that all hosts share. Mount the "
-      "bucket (gcsfuse; or use Filestore, NFS) and give its folder"
-    )
-  folder, index = pathlib.Path(workdir), distributed.global_state.process_id
+  folder, index = local_folder(workdir), compat.coordination().process_id
   nonce = gather("nonce", uuid.uuid4().hex)[0]
   mine, first = folder / f".probe-{nonce}-{index}", folder / f".probe-{nonce}-0"
   error = ""

@@ -109,13 +109,3 @@ def flags(platform: str, chip: str = "") -> tuple[Flag, ...]:
 def flags_value(platform: str, chip: str = "") -> str:
   """Returns the value of `FLAGS_VARIABLE[platform]`. Raises KeyError for an unknown platform."""
   return " ".join(map(str, flags(platform, chip)))
-
-
-def environment(platform: str, chip: str = "") -> dict[str, str]:
-  """Returns every environment variable of a run on "tpu" or "gpu".
-
-  Raises:
-    KeyError: for another platform.
-  """
-  values = {variable.name: variable.value for variable in VARIABLES[platform]}
-  return values | {FLAGS_VARIABLE[platform]: flags_value(platform, chip)}

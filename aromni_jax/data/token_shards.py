@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import shutil
-import unittest.mock
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -18,9 +17,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
-from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from aromni_jax import saved
+from aromni_jax import compat, saved
 from aromni_jax.sample import Sample
 from aromni_jax.tasks import get_task, task_name
 from aromni_jax.vocabulary import Vocabulary
@@ -54,6 +52,9 @@ class TokenSamples(tfds.core.GeneratorBasedBuilder):
       "key": tfds.features.Text(),
     }
     return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+  def _example_writer(self) -> tfds.core.ExampleWriter:
+    return compat.deterministic_writer(self.info.file_format)
 
   def _split_generators(self, dl_manager):
     del dl_manager
@@ -106,9 +107,7 @@ def write(
     raise FileExistsError(f"{directory} exists; remove it or name another folder")
   partial = directory.with_name(directory.name + ".partial")
   shutil.rmtree(partial, ignore_errors=True)
-  # TFDS leaves the order of a record's fields to protobuf, which changes from process to process.
-  with unittest.mock.patch.object(ExampleSerializer, "serialize_example", _serialize):
-    TokenSamples(splits, data_dir=str(partial)).download_and_prepare()
+  TokenSamples(splits, data_dir=str(partial)).download_and_prepare()
   shutil.rmtree(partial / "downloads", ignore_errors=True)
   manifest = {
     "version": MANIFEST_VERSION,
@@ -155,10 +154,6 @@ def _read_index(file: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     raise FileNotFoundError(f"{file} is missing; tokenise again") from e
   except Exception as e:  # of zip and NumPy: of many kinds
     raise ValueError(f"{file} is damaged, tokenise again ({e})") from e
-
-
-def _serialize(serializer: ExampleSerializer, example: dict[str, Any]) -> bytes:
-  return serializer.get_tf_example(example).SerializeToString(deterministic=True)
 
 
 class TokenShards:
@@ -262,9 +257,7 @@ def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
     )
   manifest = saved.read(path, MANIFEST_VERSION)
   with saved.naming(path):
-    splits = saved.get(manifest, "splits", dict)
-    for split in splits:
-      saved.get(splits, split, dict)
+    saved.get(manifest, "splits", dict)
   return manifest
 
 

@@ -1,6 +1,6 @@
 """Orbax checkpoints of a run: state, data position, configuration."""
 
-import os
+import dataclasses
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -12,16 +12,19 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from aromni_jax.cluster import agreement
+from aromni_jax.models.config import DecoderConfig
+
 
 class Checkpoints:
   """The checkpoints of one run, in WORKDIR/checkpoints/STEP; all processes call it alike.
 
   Saving is asynchronous. A checkpoint appears under its name only once it is whole (Orbax renames
-  its folder, or on gs:// writes commit_success.txt last), and older ones are deleted only then. So
-  a save that is killed or finds the disk full leaves the newest whole one in use; what it had
-  written is removed at the next start. A save that fails ends the run with an error, at the next
-  call of `check`, `save` or `close`: training on without checkpoints would put more at stake every
-  step, and nothing is lost by starting again once there is room.
+  its folder), and older ones are deleted only then. So a save that is killed or finds the disk full
+  leaves the newest whole one in use; what it had written is removed at the next start. A save that
+  fails ends the run with an error, at the next call of `check`, `save` or `close`: training on
+  without checkpoints would put more at stake every step, and nothing is lost by starting again once
+  there is room.
 
   A checkpoint that was damaged afterwards shows when it is read: `restore` then goes on from the
   one before. Missing and shortened files show; a flipped bit in an array does not, since neither
@@ -32,17 +35,20 @@ class Checkpoints:
   but the first; it is not wired here.
 
   Args:
-    workdir: folder of the run, local or gs://bucket/folder.
+    workdir: folder of the run, which `agreement.check_workdir` has tried from every process.
     keep: how many are kept; one more is there while it is written.
 
   Raises:
-    ValueError: if a process cannot write to the folder.
+    ValueError: if the folder cannot be made, or is an address.
   """
 
   def __init__(self, workdir: str, keep: int = 2):
-    self.directory = _absolute(workdir) / "checkpoints"
+    self.directory = epath.Path(agreement.local_folder(workdir).absolute()) / "checkpoints"
     self._keep = keep
-    self._check_writable(workdir)
+    try:
+      self.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+      raise ValueError(f"--workdir {workdir} cannot be written: {e}") from e
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
       cleanup_tmp_directories=True,
@@ -51,23 +57,8 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(self.directory, options=options)
     self._saving: tuple[int, int, int | None] | None = None  # step, its bytes, the newest before
 
-  def _check_writable(self, workdir: str) -> None:
-    problem = None
-    probe = self.directory / f"write_test_{jax.process_index()}"
-    try:
-      self.directory.mkdir(parents=True, exist_ok=True)
-      probe.write_text("")
-      probe.unlink()
-    except Exception as e:  # of the file system's client: of many kinds
-      problem = e
-    if not _all_agree(problem is None):
-      raise ValueError(
-        f"--workdir {workdir} cannot be written: {problem or 'see the other processes'}. Expected "
-        "a folder, or a bucket that exists, which every process may write to"
-      ) from problem
-
   def check_space(self, abstract_state: Any) -> None:
-    """Makes sure that the checkpoints of a run fit, before it starts. A bucket has no limit.
+    """Makes sure that the checkpoints of a run fit, before it starts.
 
     Args:
       abstract_state: shapes and dtypes of the state.
@@ -75,9 +66,7 @@ class Checkpoints:
     Raises:
       ValueError: if `keep` + 1 checkpoints do not fit beside what else is there.
     """
-    free = self._free_bytes()
-    if free is None:
-      return
+    free = shutil.disk_usage(self.directory).free
     size = _num_bytes(abstract_state)
     needed = (self._keep + 1 - min(self._keep, len(self._manager.all_steps()))) * size
     if not _all_agree(free >= needed):
@@ -87,11 +76,6 @@ class Checkpoints:
         f"{self._keep} one more is written before the oldest is deleted. Make room, lower "
         "config.checkpoints_kept, or use another --workdir"
       )
-
-  def _free_bytes(self) -> int | None:
-    if _is_url(self.directory):
-      return None
-    return shutil.disk_usage(self.directory).free
 
   @property
   def latest_step(self) -> int | None:
@@ -137,8 +121,7 @@ class Checkpoints:
 
   def _not_written(self, cause: Exception) -> OSError:
     (step, size, before), self._saving = self._saving, None
-    free = self._free_bytes()
-    room = "" if free is None else f"; {free / 1e9:.2f} GB are free there"
+    free = shutil.disk_usage(self.directory).free
     again = (
       "There is no earlier one"
       if before is None
@@ -146,7 +129,7 @@ class Checkpoints:
     )
     return OSError(
       f"the checkpoint of step {step} could not be written to {self.directory}: it takes up to "
-      f"{size / 1e9:.2f} GB{room}. {again}. Reason: {_brief(cause)}"
+      f"{size / 1e9:.2f} GB; {free / 1e9:.2f} GB are free there. {again}. Reason: {_brief(cause)}"
     )
 
   def restore(self, abstract_state: Any, config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -204,7 +187,7 @@ class Checkpoints:
     }
 
   def _read_state(self, path: epath.Path, abstract_state: Any) -> Any:
-    # Runs begun before 2026-12 have the optimizer's state of frozen parameters, too: it is left out.
+    # Runs of version 0.1 also have the optimizer's state of frozen parameters; it is left out.
     args = ocp.args.PyTreeRestore(
       item=abstract_state,
       restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
@@ -247,15 +230,6 @@ class Checkpoints:
       self._manager.close()
 
 
-def _is_url(path: str | os.PathLike) -> bool:
-  return "://" in os.fspath(path)
-
-
-def _absolute(path: str) -> epath.Path:
-  """Returns a path that Orbax takes: absolute, or a URL as it is."""
-  return epath.Path(path if _is_url(path) else os.path.abspath(path))
-
-
 def _brief(error: Exception) -> str:
   """Returns what the first error of a chain says, without TensorStore's long descriptions."""
   while error.__cause__ is not None:
@@ -276,12 +250,15 @@ def _all_agree(ok: bool) -> bool:
 
 
 def _check_same_model(saved: dict[str, Any], ours: dict[str, Any], directory: Any) -> None:
+  # Models from before a field existed were computed as its default says.
+  defaults = {field.name: field.default for field in dataclasses.fields(DecoderConfig)}
   # How a model is computed may change between runs; what it is may not.
   free = {"remat_policy", "scan_layers", "attention", "dtype", "init_std"}
   names = sorted(saved.keys() | ours.keys())
-  changed = [n for n in names if n not in free and saved.get(n) != ours.get(n)]
+  was, now = ({n: values.get(n, defaults.get(n)) for n in names} for values in (saved, ours))
+  changed = [n for n in names if n not in free and was[n] != now[n]]
   if changed:
-    fields = ", ".join(f"model.{n} is {ours.get(n)}, was {saved.get(n)}" for n in changed)
+    fields = ", ".join(f"model.{n} is {now[n]}, was {was[n]}" for n in changed)
     raise ValueError(
       f"the checkpoint in {directory} is of another model: {fields}. Use its configuration, or "
       "another --workdir"
