@@ -14,7 +14,7 @@ import pathlib
 
 from absl import flags, logging
 
-from aromni_jax import logs
+from aromni_jax import compilation_cache, logs
 from aromni_jax.pictotalk import world
 
 _MODEL = flags.DEFINE_string("model", None, "Model directory; the shipped one if none.")
@@ -32,6 +32,7 @@ def main(argv: list[str]) -> None:
   from aromni_jax.model import load_model
   from aromni_jax.pictotalk import suite
 
+  compilation_cache.enable()
   items = suite.load_items(_DATA_DIR.value, _CONFIG.value, _SPLIT.value, _LIMIT.value)
   model = load_model(_MODEL.value)
   figures, answered = suite.evaluate(model, items, preset=_CONFIG.value, seed=_SEED.value)

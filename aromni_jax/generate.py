@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags, logging
 
-from aromni_jax import logs
+from aromni_jax import compilation_cache, logs
 from aromni_jax.recipes import RECIPES, get_recipe
 from aromni_jax.tasks import TASKS
 
@@ -79,6 +79,7 @@ def _answer() -> None:
     make_engine,
   )
 
+  compilation_cache.enable()
   task = _TASK.value
   dialogs = dialog_files.read_dialogs(_DIALOG.value) if _DIALOG.value else None
   model = load_model(_MODEL.value)

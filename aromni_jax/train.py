@@ -21,7 +21,7 @@ _BEGAN = time.monotonic()  # before the imports that take seconds
 
 from absl import flags, logging  # noqa: E402
 
-from aromni_jax import config_files, logs  # noqa: E402
+from aromni_jax import compilation_cache, config_files, logs  # noqa: E402
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS, sys_argv: list[str] | None = None) -> None:
@@ -65,6 +65,7 @@ def main(argv: list[str]) -> None:
   from aromni_jax.training.config import TrainConfig, to_dataclass
 
   given = flags.FLAGS
+  compilation_cache.enable()
   with watch.ending_together():
     agreement.join(
       given.coordinator,

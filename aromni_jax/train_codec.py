@@ -14,7 +14,7 @@ import shutil
 
 from absl import flags, logging
 
-from aromni_jax import logs
+from aromni_jax import compilation_cache, logs
 from aromni_jax.codecs.registry import CODECS
 from aromni_jax.pictotalk import world
 
@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
     raise ValueError("--decoder_only needs --start, whose encoder and codes stay")
   shipped, make_task = TRAININGS[_CODEC.value]
   config = dataclasses.replace(shipped, **{k: v for k, v in options.items() if v is not None})
+  compilation_cache.enable()
   task = make_task(config, _DATA_DIR.value, _SETS.value)
   name = f"{_CODEC.value}_codec"
   start = model_dir.load_codec(_START.value, name) if _START.value else None

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 from absl import flags, logging
 
-from aromni_jax import logs
+from aromni_jax import compilation_cache, logs
 from aromni_jax.codecs import batching
 from aromni_jax.data import token_shards
 from aromni_jax.model import Model, load_model
@@ -156,6 +156,7 @@ _MODEL = flags.DEFINE_string("model", None, "Model directory with codecs; the sh
 
 def main(argv: list[str]) -> None:
   del argv
+  compilation_cache.enable()
   out = _OUT.value or os.path.join(_DATA_DIR.value, f"tokens_{_CONFIG.value}")
   manifest = tokenise(_DATA_DIR.value, _CONFIG.value, out, load_model(_MODEL.value))
   for split, counts in manifest["splits"].items():

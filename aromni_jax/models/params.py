@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -56,7 +55,7 @@ def from_params(make: Callable[[nnx.Rngs], Module], params: dict, name: str) -> 
   abstract = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
   graphdef, state = nnx.split(abstract)
   check(to_params(abstract), shapes(params), name)
-  nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, params))
+  nnx.replace_by_pure_dict(state, jax.device_put(params))  # jnp.asarray compiles for each shape
   return nnx.merge(graphdef, state)
 
 
