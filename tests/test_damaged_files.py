@@ -13,7 +13,7 @@ from aromni_jax.data import token_shards
 from aromni_jax.data.token_shards import TokenShards
 from aromni_jax.model import load_model
 from aromni_jax.vocabulary import get_vocabulary
-from tests.conftest import random_samples
+from tests.tiny import random_samples
 
 DEMO = get_vocabulary("demo")
 JUNK = st.one_of(

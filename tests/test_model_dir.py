@@ -169,6 +169,15 @@ def test_fields_of_other_versions_are_named(copy):
   edit(copy, lambda info: info["decoder"]["config"].update(rope_scale=2, moe=True))
   with pytest.raises(ValueError, match="model.json: decoder.config has moe, rope_scale, which"):
     model_dir.decoder_config(copy)
+  codec = model_dir.read_info(copy)["image_codec"]
+  codec["config"]["depth"] = 3
+  params = storage.load_params(copy / "image_codec")
+  codec["fingerprint"] = model_dir.fingerprint(codec["config"], params)
+  edit(copy, lambda info: info.update(image_codec=codec))
+  with pytest.raises(
+    ValueError, match="model.json: image_codec.config has depth, which this aromn"
+  ):
+    model_dir.load_codec(copy, "image_codec")
   edit(copy, lambda info: info["decoder"].update(config={"num_layers": "4"}))
   with pytest.raises(ValueError, match="decoder.config.num_layers is '4'; expected int"):
     model_dir.decoder_config(copy)

@@ -201,7 +201,8 @@ def _make_config(
     return tensors[name].shape
 
   head_dim = shape("layers.attention.q_norm.scale")[-1]
-  numbers = [int(m[1]) for n in tensors if (m := re.match(r"(?:model\.)?layers\.(\d+)\.", n))]
+  layers = re.escape(layout.tensors["layers.attention.q_norm.scale"].partition("{}")[0])
+  numbers = [int(m[1]) for n in tensors if (m := re.match(layers + r"(\d+)\.", n))]
   vocab_size, embed_dim = shape("embedding")
   found = {
     "vocab_size": vocab_size,

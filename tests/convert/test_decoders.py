@@ -57,6 +57,22 @@ def test_a_layout_comes_back_to_the_bit(layout):
     assert layout.to_released(ours, path, TINY).tobytes() == tensor.tobytes(), name
 
 
+def test_a_layout_is_one_entry(tmp_path, monkeypatch):
+  """Names, files and norms of a layout that no other place knows."""
+  tensors = {p: n.replace("model.", "net.stack_") for p, n in LAYOUTS["hf"].tensors.items()}
+  mine = dataclasses.replace(
+    LAYOUTS["hf"], name="mine", alias="D", tensors=tensors, files=("mine.safetensors",)
+  )
+  monkeypatch.setitem(LAYOUTS, "mine", mine)
+  (tmp_path / "mine").mkdir()
+  save_file(released.decoder_tensors("mine"), tmp_path / "mine/mine.safetensors")
+  released.write_hugging_face(tmp_path / "hf", "hf")
+  found = decoders.find_decoder(tmp_path / "mine", "D", swin_norm=False)
+  assert found.layout is mine and found.tensors.keys() == released.decoder_tensors("mine").keys()
+  expected = released.read_all(decoders.find_decoder(tmp_path / "hf"))
+  jax.tree.map(np.testing.assert_array_equal, expected, released.read_all(found))
+
+
 def test_older_names_of_layouts_are_read(tmp_path):
   assert {a: get_layout(a).name for a in "ABC"} == {"A": "native", "B": "ar_omni", "C": "hf"}
   with pytest.raises(ValueError, match="layout 'D' does not exist; expected one of native, ar_om"):
