@@ -4,9 +4,15 @@ import fcntl
 import importlib.abc
 import os
 import sys
+import tempfile
 
 # Processes that tests start, too; libtpu, which compiles for TPUs, would look for chips in each.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Programs of jobs that tests start are kept for the jobs of this run alone.
+if "AROMNI_CACHE" not in os.environ:
+  _CACHE = tempfile.TemporaryDirectory(prefix="aromni_cache_")
+  os.environ["AROMNI_CACHE"] = _CACHE.name
 
 import jax  # noqa: E402
 

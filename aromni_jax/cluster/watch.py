@@ -21,7 +21,6 @@ import traceback
 from collections.abc import Iterator
 from typing import NoReturn
 
-import jax
 from absl import logging
 
 # With 127 to 255 the statuses after which xpk restarts a workload by itself; not 1, which Python
@@ -264,6 +263,8 @@ def ending_together() -> Iterator[None]:
   except (Exception, KeyboardInterrupt) as e:
     if _peers is None:
       raise
+    import jax  # here: launchers need this module's exit codes alone
+
     if isinstance(e, jax.errors.JaxRuntimeError) and not str(e).startswith(_OWN_FAULTS):
       print(f"An operation over all processes failed: {e}", file=sys.stderr, flush=True)
       time.sleep(_peers.host_timeout + 3 * _peers.interval + 2)
