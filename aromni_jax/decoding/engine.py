@@ -177,10 +177,12 @@ class Engine:
     chunk = chunk or most
     step, shown, finished = 0, 0, False
     while not finished:
-      if longest + step == cache_length:
+      if longest + step == cache_length < end:
         cache_length = _cache_length(cache_length + 1, end)
         progress = _grow(progress, cache_length)
-      limit = min(cache_length - longest, shown + chunk)
+      limit = shown + chunk
+      if cache_length < end:  # else it holds all rows to their ends, the longest prompt's or not
+        limit = min(limit, cache_length - longest)
       progress = self._advance(self._params, progress, np.uint32(seed), ids, np.int32(limit))
       step = int(_fetch(progress.step))
       finished = (_fetch(progress.states) == self.machine.done).all()

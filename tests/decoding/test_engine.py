@@ -127,6 +127,17 @@ def test_a_row_does_not_depend_on_its_neighbours(decoder):
   assert any(len(a) != len(b) or (a != b).any() for a, b in zip(together, other, strict=True))
 
 
+def test_a_short_prompt_goes_on_when_the_longest_ones_budget_has_ended(decoder):
+  """The cache ends with the last row, before the longest prompt and the largest budget together."""
+  engine = Engine(decoder, VOCABULARY)
+  prompts = [np.r_[PROMPTS[1], PROMPTS[1]], PROMPTS[0]]  # 82 and 4 ids
+  tasks, budgets = ["text_to_image", "text_to_speech"], [70, 148]
+  picture, speech = engine.generate(prompts, tasks, max_new_tokens=budgets)
+  (alone,) = engine.generate(prompts[1:], tasks[1:], max_new_tokens=budgets[1:])
+  np.testing.assert_array_equal(speech, alone)
+  assert len(speech) > 160 - 82 and len(picture) < 70
+
+
 def test_repetition_penalty_changes_what_is_said(decoder):
   plain = Engine(decoder, VOCABULARY)
   penalised = Engine(decoder, VOCABULARY, samplers={"text": Sampler(repetition_penalty=50.0)})
