@@ -19,7 +19,8 @@ from tensorboardX.proto import event_pb2
 from aromni_jax import model_dir
 from aromni_jax.data import token_shards
 from aromni_jax.pictotalk import suite, world
-from tests.test_docs import commands, filled
+from tests import tiny
+from tests.test_docs import ROOT, commands, filled
 
 pytestmark = pytest.mark.slow
 
@@ -114,7 +115,8 @@ def test_token_shards_say_what_they_were_made_with(place):
   assert manifest["splits"]["train"]["samples"] == 29 * len(world.captions("tiny", "train"))
   done = place.installed.aromni("tokenize", "--config=tiny", cwd=place.folder)
   assert done.returncode == 1 and "tokens_tiny" in done.stderr.splitlines()[-1]
-  assert token_shards.TokenShards(folder, "train")[0].tokens.min() >= 0
+  shards = token_shards.TokenShards(folder, "train", tiny.VOCABULARY)
+  assert {len(s.tokens) for s in shards} == set(shards.lengths.tolist())
 
 
 def test_training_writes_what_running_md_says(run):
@@ -234,6 +236,16 @@ def test_report_is_one_page_with_all_inside(page, evaluated):
   assert f"{figures['text_to_image']['count']:.3f}" in first
   (plots,) = re.findall(r"<svg.*?</svg>", text, re.S)
   ElementTree.fromstring(plots)
+
+
+def test_the_readmes_figures_come_from_a_command(place, evaluated):
+  """Its table is what the command writes, but for the numbers, which are the shipped model's."""
+  place.run("report", f"--evaluations=shipped={evaluated[1]}", "--out=shipped.md")
+  ours, readme = (
+    re.sub(r"\d\.\d+", "0.000", path.read_text())
+    for path in (place.folder / "shipped.md", ROOT / "README.md")
+  )
+  assert ours in readme
 
 
 @pytest.mark.parametrize("codec", ["image", "speech"])

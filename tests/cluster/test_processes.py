@@ -20,7 +20,8 @@ from aromni_jax import storage
 from aromni_jax.cluster import agreement
 from aromni_jax.training import checkpoint
 from aromni_jax.training.config import TrainConfig, to_dataclass
-from tests.training.test_loop import ROOT, command, losses, make_config, start, train, wait_for
+from tests.tiny import train_config
+from tests.training.test_loop import ROOT, command, losses, start, train, wait_for
 
 pytestmark = pytest.mark.processes
 
@@ -235,7 +236,7 @@ def test_runs_with_other_configurations_are_named(shards, tmp_path):
 def test_facts_are_of_config_code_packages_and_data(shards):
   manifest = shards / "manifest.json"
   a, b = (
-    agreement.facts(to_dataclass(TrainConfig, make_config(shards, seed=s).to_dict()), manifest)
+    agreement.facts(to_dataclass(TrainConfig, train_config(shards, seed=s).to_dict()), manifest)
     for s in (0, 1)
   )
   assert {name for name in a if a[name] != b[name]} == {"config.seed"}
@@ -280,7 +281,7 @@ def test_a_run_survives_on_other_processes_and_meshes(shards, tmp_path):
   assert any(text in logs[0] for text in redone)  # the last save may have been torn
 
   for folder in (many, one):
-    train(make_config(shards, num_steps=step + 2, eval_batches=0, **changes), folder)
+    train(train_config(shards, num_steps=step + 2, eval_batches=0, **changes), folder)
   ours, theirs = losses(many), losses(one)
   assert ours.keys() == theirs.keys() == set(range(1, step + 3))
   for number, values in theirs.items():

@@ -6,30 +6,17 @@ from flax import nnx
 
 from aromni_jax.decoding import engine as engine_lib
 from aromni_jax.decoding.engine import Engine
-from aromni_jax.models.config import DecoderConfig
 from aromni_jax.models.decoder import Decoder
 from aromni_jax.recipes import Sampler
-from aromni_jax.vocabulary import get_vocabulary
+from tests.tiny import SPEAKER, VOCABULARY
 
-VOCABULARY = get_vocabulary("demo")
-CONFIG = DecoderConfig(
-  vocab_size=VOCABULARY.size,
-  embed_dim=16,
-  mlp_dim=32,
-  num_layers=2,
-  num_heads=2,
-  num_kv_heads=1,
-  head_dim=8,
-  dtype="float32",
-  init_std=0.5,
-)
 TASKS = ["speech_to_text", "text_to_image", "text_to_speech", "dialogue"]
 PROMPTS = [np.r_[VOCABULARY.bos, np.arange(20, 20 + n)].astype(np.int32) for n in (3, 40, 7, 11)]
 
 
 @pytest.fixture(scope="module")
 def decoder():
-  return Decoder(CONFIG, rngs=nnx.Rngs(0))
+  return Decoder(SPEAKER, rngs=nnx.Rngs(0))
 
 
 def greedy_without_cache(decoder, engine, prompt, task, budget, guidance=1.0):

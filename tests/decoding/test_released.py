@@ -3,6 +3,7 @@
 The fixture holds the embedding's rows of the ids that occur in it; the others are zero here.
 """
 
+import dataclasses
 import json
 import pathlib
 
@@ -23,7 +24,7 @@ from aromni_jax.models.decoder import Decoder
 from aromni_jax.recipes import RELEASED, Sampler
 from aromni_jax.tasks import TASKS
 from aromni_jax.vocabulary import Vocabulary, get_vocabulary
-from tests import released
+from tests import released, tiny
 
 FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures/parity/generation_semantics.safetensors"
 OFFICIAL = get_vocabulary("aromni_7b").to_dict()
@@ -52,17 +53,7 @@ SMALL = Vocabulary(
   image_length=6,
   speech_rate=40,
 )
-CONFIG = DecoderConfig(
-  vocab_size=SMALL.size,
-  embed_dim=16,
-  mlp_dim=32,
-  num_layers=2,
-  num_heads=2,
-  num_kv_heads=1,
-  head_dim=8,
-  dtype="float32",
-  init_std=0.5,
-)
+CONFIG = dataclasses.replace(tiny.SPEAKER, vocab_size=SMALL.size)
 PICTURE = [SMALL.boi, 11, 17, 10, 13, 13, 12, SMALL.eoi]
 PROMPTS = [
   np.array(ids, np.int32)

@@ -12,7 +12,6 @@ from aromni_jax.data.loss_weights import LossWeightConfig
 from aromni_jax.data.pipeline import DataConfig, make_train_iterator
 from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.models import sharding
-from aromni_jax.models.config import DecoderConfig
 from aromni_jax.tasks import TASKS
 from aromni_jax.training import setup as setup_lib
 from aromni_jax.training import step as step_lib
@@ -20,20 +19,9 @@ from aromni_jax.training.config import TrainConfig, to_dataclass
 from aromni_jax.training.losses import token_losses
 from aromni_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from aromni_jax.training.terms import LossConfig, image_targets
-from aromni_jax.vocabulary import get_vocabulary
+from tests.tiny import DECODER, VOCABULARY
 
-VOCABULARY = get_vocabulary("demo")
-MODEL = DecoderConfig(
-  vocab_size=VOCABULARY.size,
-  embed_dim=32,
-  mlp_dim=64,
-  num_layers=2,
-  num_heads=4,
-  num_kv_heads=4,
-  head_dim=8,
-  dtype="float32",
-  remat_policy="none",
-)
+MODEL = dataclasses.replace(DECODER, num_kv_heads=4)
 LOSS = LossConfig(perceptual_weight=0.1, z_loss_weight=1e-4, normaliser="weights")
 TABLE = jax.random.normal(jax.random.key(7), (1024, 8))
 
