@@ -249,3 +249,44 @@ def _update(path: pathlib.Path, entries: dict[str, Any]) -> None:
   partial = file.with_suffix(".partial")
   partial.write_text(json.dumps(info | entries, indent=1) + "\n")
   partial.rename(file)
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+  """A model directory as a training sees it: what it begins from, and how it ends as another one.
+
+  Attributes:
+    path: of the directory.
+    vocabulary: id space.
+    fingerprints: what token shards are checked against.
+  """
+
+  path: pathlib.Path
+  vocabulary: Vocabulary
+  fingerprints: dict[str, str]
+
+  def perceptual_table(self) -> np.ndarray:
+    """See the function of this name."""
+    return perceptual_table(self.path)
+
+  def codebooks(self) -> dict[str, np.ndarray]:
+    """See the function of this name."""
+    return codebooks(self.path)
+
+  def decoder_config(self) -> DecoderConfig:
+    """See the function of this name."""
+    return decoder_config(self.path)
+
+  def load_decoder(self, abstract: nnx.State) -> nnx.State:
+    """See `load_decoder_state`."""
+    return load_decoder_state(self.path, abstract, "config.model")
+
+  def export(self, directory: str | pathlib.Path, decoder: nnx.Module, dtype: str) -> None:
+    """Writes a model directory like this one with another decoder, see `export`."""
+    export(directory, self.path, decoder, dtype)
+
+
+def open_base(directory: str | pathlib.Path | None = None) -> Base:
+  """Returns a model directory, the shipped one by default; errors as `read_identity`."""
+  path = pathlib.Path(directory or SHIPPED)
+  return Base(path, *read_identity(path))

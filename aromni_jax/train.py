@@ -74,13 +74,17 @@ def main(argv: list[str]) -> None:
       join_timeout=given.join_timeout,
       host_timeout=given.host_timeout,
     )
+    from aromni_jax import model_dir
     from aromni_jax.evaluation.hooks import make_hooks
     from aromni_jax.training import loop
 
     config = to_dataclass(TrainConfig, given.config.to_dict())
     logging.info("Training %d parameters.", config.model.num_params())
     hooks = make_hooks(config)
-    loop.train(config, given.workdir, hooks=hooks, profile_steps=given.profile_steps, began=_BEGAN)
+    base = model_dir.open_base(config.base)
+    loop.train(
+      config, given.workdir, base, hooks=hooks, profile_steps=given.profile_steps, began=_BEGAN
+    )
 
 
 def run() -> None:

@@ -17,16 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from absl import app, flags
-from flax import nnx
 
+from aromni_jax.configs import base
 from aromni_jax.data.batch import Batch
 from aromni_jax.data.packing import PackedOrder
-from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.models import sharding
 from aromni_jax.models.config import DecoderConfig
-from aromni_jax.training import step as step_lib
-from aromni_jax.training.losses import LossConfig
-from aromni_jax.training.optimizer import OptimizerConfig, make_optimizer
+from aromni_jax.training import setup as setup_lib
+from aromni_jax.training.config import TrainConfig, to_dataclass
+from aromni_jax.training.terms import LossConfig
 from aromni_jax.vocabulary import get_vocabulary
 from benchmarks import peer
 
@@ -95,25 +94,20 @@ def padded_batches(samples: list[np.ndarray]) -> list[tuple[torch.Tensor, torch.
 
 def make_ours():
   """Returns a function that runs one step on a batch and waits for it."""
-  optimizer = make_optimizer(OptimizerConfig())
-  mesh = sharding.make_mesh(1, 1, 1)
-  table = jnp.zeros((1024, 8))
-  graphdef = nnx.graphdef(nnx.eval_shape(lambda: decoder_lib.Decoder(MODEL, rngs=nnx.Rngs(0))))
-  loss = LossConfig(perceptual_weight=0.0)
-  config = step_lib.StepConfig(graphdef, get_vocabulary("demo"), loss, optimizer)
-  with jax.set_mesh(mesh):
-
-    def init(key):
-      return step_lib.init_state(MODEL, optimizer, 8, key)
-
-    shardings = sharding.state_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
-    state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
-  step = step_lib.make_train_step(config, mesh, shardings)
+  config = to_dataclass(TrainConfig, base.get_config().to_dict())
+  config = dataclasses.replace(
+    config,
+    batch_size=_ROWS,
+    model=MODEL,
+    loss=LossConfig(perceptual_weight=0.0),
+    data=dataclasses.replace(config.data, sequence_length=_LENGTH),
+  )
+  setup = setup_lib.build(config, get_vocabulary("demo"), None, sharding.make_mesh(1, 1, 1))
+  state = setup.init(jax.random.key(0), {})
 
   def run(batch: Batch) -> None:
     nonlocal state
-    with jax.set_mesh(mesh):
-      state, metrics = step(state, batch, table, jnp.float32(_RATE))
+    state, metrics = setup.step(state, batch, None, jnp.float32(_RATE))
     jax.block_until_ready(metrics)
 
   return run

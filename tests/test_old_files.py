@@ -110,7 +110,8 @@ def test_a_run_goes_on(tmp_path):
   c = demo.get_config("tiny")
   c.data.shards = str(V1 / "tokens")
   c.num_steps, c.log_every, c.checkpoint_every = 22, 1, 100
-  loop.train(to_dataclass(TrainConfig, c.to_dict()), str(tmp_path / "run"))
+  config = to_dataclass(TrainConfig, c.to_dict())
+  loop.train(config, str(tmp_path / "run"), model_dir.open_base(config.base))
   lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
   lines = [line for line in map(json.loads, lines) if "loss" in line and line["step"] > 20]
   assert [line["step"] for line in lines] == [21, 22]

@@ -32,11 +32,11 @@ ACTIVITIES = {
 
 
 class Goodput:
-  """Where the time of this attempt, and of the run before it, went.
+  """Where the time of this attempt, and of the run before it, went. All times are seconds.
 
   Args:
     workdir: folder of the run; None keeps no record (all processes but the first).
-    began: `time.monotonic()` when this process began; now by default.
+    began: `time.monotonic()` at which this process began; now by default.
   """
 
   def __init__(self, workdir: str | None, began: float | None = None):
@@ -51,7 +51,11 @@ class Goodput:
     self._before = _totals(self._earlier, 0, self._began_wall)
 
   def begin(self, step: int) -> None:
-    """Says which step this attempt goes on from, and notes that it is there."""
+    """Says which step this attempt goes on from, and writes the attempt's first line.
+
+    Args:
+      step: number of steps that are done already.
+    """
     self._start = step
     self._before = _totals(self._earlier, step, self._began_wall)
     if self._path and self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
@@ -71,12 +75,17 @@ class Goodput:
       self._open.pop()
 
   def move(self, seconds: float, activity: str) -> None:
-    """Counts the last `seconds` of what is being measured as another activity."""
+    """Counts some of the time of what is being measured as another activity.
+
+    Args:
+      seconds: time to move.
+      activity: key of `ACTIVITIES` that it is moved to.
+    """
     self._seconds[self._open[-1]] -= seconds
     self._seconds[activity] += seconds
 
   def seconds(self, *activities: str) -> float:
-    """Returns the seconds of this attempt in some activities."""
+    """Returns the seconds of this attempt that were spent in some of `ACTIVITIES`."""
     self._count()
     return sum(self._seconds[a] for a in activities)
 
@@ -86,10 +95,10 @@ class Goodput:
     self._since = now
 
   def record(self, step: int, end: str = "") -> None:
-    """Writes a line after a step.
+    """Writes a line of `attempts.jsonl` after a step.
 
     Args:
-      step: the last one that was done.
+      step: number of steps that are done.
       end: how the attempt ends, "finished" or "preempted"; empty while it goes on.
     """
     if self._path:
@@ -109,13 +118,13 @@ class Goodput:
     }
 
   def totals(self) -> dict[str, float]:
-    """Returns the seconds of every activity over all attempts; they add up to the wall time."""
+    """Returns activity -> seconds over all attempts; they add up to the run's wall time."""
     self._count()
     return {a: seconds + self._seconds[a] for a, seconds in self._before.items()}
 
   def shares(self) -> dict[str, float]:
-    """Returns `goodput` and, per other activity with any time, `goodput/<activity>`; their sum is
-    1."""
+    """Returns shares of the run's wall time: `goodput` and, per other activity with any time,
+    `goodput/<activity>`; their sum is 1."""
     totals = self.totals()
     wall = sum(totals.values()) or 1.0
     out = {"goodput": totals.pop("step") / wall}
@@ -145,13 +154,14 @@ def _read_attempts(path: pathlib.Path) -> list[list[dict[str, Any]]]:
 
 
 def _totals(attempts: list[list[dict[str, Any]]], start: int, began: float) -> dict[str, float]:
-  """Seconds of every activity in earlier attempts, and between them and this one.
+  """Returns activity -> seconds in earlier attempts, and between them and this one.
 
   A step counts once: what an attempt did after the step that a later one went on from is redone.
 
   Args:
-    attempts: their lines.
-    start, began: the step that this attempt goes on from, and its time.
+    attempts: lines of each earlier attempt, in order.
+    start: number of steps that were done when this attempt began.
+    began: `time.time()` at which it began.
   """
   totals = dict.fromkeys(ACTIVITIES, 0.0)
   for lines in reversed(attempts):

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,8 @@ from absl import logging
 from flax import nnx
 
 # No public name yet; `jax.make_array_from_process_local_data` places rows by it.
-from jax._src.sharding_impls import NonUniformShardingError, get_process_index_and_count
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
 
-from aromni_jax import model_dir
 from aromni_jax.cluster import agreement, watch
 from aromni_jax.data.pipeline import DataConfig, TrainIterator, make_train_iterator
 from aromni_jax.models import sharding
@@ -35,6 +32,9 @@ from aromni_jax.training.optimizer import learning_rate
 from aromni_jax.training.reporting import Clock
 from aromni_jax.training.setup import Setup
 from aromni_jax.training.writer import Writer
+
+if TYPE_CHECKING:  # how models are stored is no matter of the loop
+  from aromni_jax.model_dir import Base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Hook:
 def train(
   config: TrainConfig,
   workdir: str,
+  base: "Base",
   *,
   hooks: Sequence[Hook] = (),
   profile_steps: str | None = None,
@@ -69,6 +70,7 @@ def train(
   Args:
     config: the run.
     workdir: checkpoints, metrics and the trained model directory go here.
+    base: the model directory that it begins from, `model_dir.open_base(config.base)`.
     hooks: what looks at the model while it trains.
     profile_steps: START:STOP of the steps whose profile is written to `workdir/profile`.
     began: `time.monotonic()` when the process began, for the goodput; now by default.
@@ -81,12 +83,10 @@ def train(
   window = profiling.parse_window(profile_steps, config.num_steps)
   agreement.agree(agreement.facts(config, pathlib.Path(config.data.shards) / "manifest.json"))
   agreement.check_workdir(workdir)
-  base = pathlib.Path(config.base or model_dir.SHIPPED)
-  vocabulary, fingerprints = model_dir.read_identity(base)
-  if config.model.vocab_size != vocabulary.size:
+  if config.model.vocab_size != base.vocabulary.size:
     raise ValueError(
-      f"config.model.vocab_size is {config.model.vocab_size}, but the vocabulary of {base} "
-      f"has {vocabulary.size} ids"
+      f"config.model.vocab_size is {config.model.vocab_size}, but the vocabulary of {base.path} "
+      f"has {base.vocabulary.size} ids"
     )
   if config.max_minutes and jax.process_count() > 1:
     raise ValueError(
@@ -95,13 +95,13 @@ def train(
     )
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
   setup_lib.check_rows(config, tuple(mesh.shape.values()), "this mesh")
-  table = model_dir.perceptual_table(base) if config.loss.perceptual_weight else None
-  setup = setup_lib.build(config, vocabulary, table.shape if table is not None else None, mesh)
+  table = base.perceptual_table() if config.loss.perceptual_weight else None
+  shape = None if table is None else table.shape
+  setup = setup_lib.build(config, base.vocabulary, shape, mesh)
   goodput = Goodput(workdir if jax.process_index() == 0 else None, began)
   watchdog = watch.Watchdog(config.step_timeout, config.phase_timeout)
   with contextlib.closing(watchdog):
-    run = _Run(config, workdir, base, fingerprints, setup, table, hooks, goodput, watchdog)
-    return run.run(window)
+    return _Run(config, workdir, base, setup, table, hooks, goodput, watchdog).run(window)
 
 
 class _Run:
@@ -111,8 +111,7 @@ class _Run:
     self,
     config: TrainConfig,
     workdir: str,
-    base: pathlib.Path,
-    fingerprints: dict[str, str],
+    base: "Base",
     setup: Setup,
     table: np.ndarray | None,
     hooks: Sequence[Hook],
@@ -120,8 +119,7 @@ class _Run:
     watchdog: watch.Watchdog,
   ):
     self.config, self.workdir, self.base, self.setup = config, workdir, base, setup
-    self.fingerprints, self.hooks = fingerprints, hooks
-    self.goodput, self.watchdog = goodput, watchdog
+    self.hooks, self.goodput, self.watchdog = hooks, goodput, watchdog
     self.done = 0  # steps
     self.known: set[tuple[int, str]] = set()  # figures that need not be made again, by step
     self.table = None
@@ -130,7 +128,7 @@ class _Run:
         table.shape, setup.table.sharding, lambda part: table[part]
       )
     self.rows = setup.batch.tokens.sharding
-    self.reader, self.readers = _reader(self.rows)
+    self.reader, self.readers = sharding.reader_of(self.rows)
 
   def run(self, window: profiling.Window | None) -> nnx.Module:
     data = self._iterator(self.config.data)
@@ -152,7 +150,7 @@ class _Run:
     if not preempted:
       with self._doing("export"):
         path = f"{self.workdir}/model"
-        model_dir.export(path, self.base, decoder, self.config.export_dtype)
+        self.base.export(path, decoder, self.config.export_dtype)
       logging.info("Wrote the model directory %s.", path)
     self.goodput.record(self.done, "preempted" if preempted else "finished")
     writer.close()
@@ -230,7 +228,7 @@ class _Run:
       batch_size=self.config.batch_size,
       process_index=self.reader,
       process_count=self.readers,
-      codecs=self.fingerprints,
+      codecs=self.base.fingerprints,
     )
 
   def _start(self, checkpoints: Checkpoints, data: TrainIterator) -> tuple[Any, int]:
@@ -242,13 +240,11 @@ class _Run:
       data.set_state(position)
       logging.info("Going on from step %d of %s.", int(state.step), checkpoints.directory)
       return state, int(state.step)
-    codebooks = {}
-    if self.config.code_embedding_std:
-      codebooks = model_dir.codebooks(self.base)
+    codebooks = self.base.codebooks() if self.config.code_embedding_std else {}
     state = self.setup.init(jax.random.key(self.config.seed), codebooks)
     if self.config.init_from_base:
       _check_same_function(self.config, self.base)
-      decoder = model_dir.load_decoder_state(self.base, abstract.params["decoder"], "config.model")
+      decoder = self.base.load_decoder(abstract.params["decoder"])
       state = dataclasses.replace(state, params=state.params | {"decoder": decoder})
     return state, 0
 
@@ -309,13 +305,13 @@ class _Run:
     return {f"validation/{k}": float(v) for k, v in values.items() if k != "tokens"}
 
 
-def _check_same_function(config: TrainConfig, base: pathlib.Path) -> None:
+def _check_same_function(config: TrainConfig, base: "Base") -> None:
   """Raises ValueError if the base's decoder is missing, or would compute another function here.
 
   Shapes are checked when they are loaded; these fields do not show in them.
   """
   try:
-    theirs = model_dir.decoder_config(base)
+    theirs = base.decoder_config()
   except FileNotFoundError as e:
     raise ValueError(f"config.init_from_base: {e}") from e
   for field in ("norm_placement", "norm_eps", "rope_theta"):
@@ -323,8 +319,8 @@ def _check_same_function(config: TrainConfig, base: pathlib.Path) -> None:
     if was != now and not (field == "norm_placement" and config.change_norm_placement):
       hint = ", or set config.change_norm_placement" if field == "norm_placement" else ""
       raise ValueError(
-        f"config.model.{field} is {now}, but the decoder of {base} has {was}: the same parameters "
-        f"would compute another function. Set --config.model.{field}={was}{hint}"
+        f"config.model.{field} is {now}, but the decoder of {base.path} has {was}: the same "
+        f"parameters would compute another function. Set --config.model.{field}={was}{hint}"
       )
 
 
@@ -345,20 +341,3 @@ class _Preemption:
   def reached(self, step: int) -> bool:
     """Whether to save and leave after `step` steps; called after every step, in all processes."""
     return multihost_utils.reached_preemption_sync_point(step) or self._told.is_set()
-
-
-def _reader(rows: NamedSharding) -> tuple[int, int]:
-  """Returns which part of a batch this process reads, and how many parts there are.
-
-  Processes whose devices share rows (config.mesh.tensor beyond one of them) read the same part.
-
-  Raises:
-    ValueError: if processes share some of their rows, but not all.
-  """
-  try:
-    return get_process_index_and_count(rows, 0, 2)
-  except NonUniformShardingError as e:
-    raise ValueError(
-      f"config.mesh {dict(rows.mesh.shape)} gives processes parts of a batch that overlap: "
-      "config.mesh.tensor must divide the devices of a process, or be a multiple of them"
-    ) from e

@@ -45,7 +45,8 @@ def tuned(model, tmp_path_factory):
   for name in ("embed_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
     m[name] = getattr(tiny, name)
   m.dtype = "float32"
-  loop.train(to_dataclass(TrainConfig, c.to_dict()), str(folder / "run"))
+  config = to_dataclass(TrainConfig, c.to_dict())
+  loop.train(config, str(folder / "run"), model_dir.open_base(config.base))
   return folder / "run/model"
 
 

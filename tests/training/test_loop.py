@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import pathlib
@@ -10,14 +11,17 @@ import time
 import jax
 import numpy as np
 import pytest
-from aromni_jax.configs import demo
+from flax import nnx
+from jax.sharding import PartitionSpec
 
 from aromni_jax import model_dir, storage
 from aromni_jax.cluster import watch
+from aromni_jax.evaluation.hooks import make_hooks
+from aromni_jax.evaluation.samples import Samples
 from aromni_jax.model import load_model
-from aromni_jax.serving.requests import Request, generate_batch
 from aromni_jax.training import checkpoint, loop
 from aromni_jax.training.config import TrainConfig, to_dataclass
+from tests.tiny import train_config, without_part
 
 ROOT = pathlib.Path(__file__).parents[2]
 CACHE = tempfile.mkdtemp()  # of compiled programs: runs of the same shapes compile once
@@ -34,20 +38,9 @@ def compile_once():
     jax.config.update(name, value)
 
 
-def make_config(shards, **changes):
-  """A small run, all in its warm-up: steps of any number are one compiled program."""
-  c = demo.get_config("tiny")
-  c.data.shards = str(shards)
-  c.num_steps, c.batch_size, c.eval_batches = 8, 8, 1
-  c.log_every, c.checkpoint_every = 1, 3
-  c.data.sequence_length = 256
-  c.optimizer.schedule = "constant"
-  c.update_from_flattened_dict(changes)
-  return c
-
-
-def train(config, workdir):
-  return loop.train(to_dataclass(TrainConfig, config.to_dict()), str(workdir))
+def train(config, workdir, hooks=()):
+  config = to_dataclass(TrainConfig, config.to_dict())
+  return loop.train(config, str(workdir), model_dir.open_base(config.base), hooks=hooks)
 
 
 def losses(workdir):
@@ -82,7 +75,7 @@ def wait_for(path, step, process):
 @pytest.fixture(scope="module")
 def unbroken(shards, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("unbroken")
-  train(make_config(shards), workdir)
+  train(train_config(shards), workdir)
   return workdir
 
 
@@ -92,7 +85,7 @@ def test_kill_and_resume_equals_an_unbroken_run(shards, unbroken, tmp_path):
   process.send_signal(signal.SIGKILL)
   process.wait()
   process.stderr.close()
-  train(make_config(shards), tmp_path)
+  train(train_config(shards), tmp_path)
   assert losses(tmp_path) == losses(unbroken)  # losses, batches and gradients, bit for bit
   ours, theirs = (storage.load_params(p / "model" / "decoder") for p in (tmp_path, unbroken))
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
@@ -110,7 +103,7 @@ def test_sigterm_saves_and_leaves(shards, unbroken, tmp_path, monkeypatch, caplo
   monkeypatch.setattr(loop._Run, "_report", told)
   try:
     with caplog.at_level("INFO"), pytest.raises(SystemExit) as left:
-      train(make_config(shards, num_steps=100_000), tmp_path)
+      train(train_config(shards, num_steps=100_000), tmp_path)
   finally:
     signal.signal(signal.SIGTERM, before)
   assert left.value.code == watch.RUN_AGAIN == 42
@@ -135,7 +128,7 @@ def test_trained_model_directory_is_whole(shards, unbroken):
 
 
 def test_non_finite_loss_stops_and_saves_nothing_after(shards, tmp_path):
-  config = make_config(shards, **{"optimizer.learning_rate": float("nan"), "checkpoint_every": 1})
+  config = train_config(shards, **{"optimizer.learning_rate": float("nan"), "checkpoint_every": 1})
   with pytest.raises(FloatingPointError, match="loss is nan at step 2.*nothing was saved"):
     train(config, tmp_path)
   assert checkpoint.Checkpoints(str(tmp_path)).latest_step == 1
@@ -144,16 +137,17 @@ def test_non_finite_loss_stops_and_saves_nothing_after(shards, tmp_path):
 
 def test_another_model_in_the_workdir_is_named(shards, unbroken, tmp_path):
   with pytest.raises(ValueError, match="another model: model.mlp_dim is 96, was 64"):
-    train(make_config(shards, **{"model.mlp_dim": 96}), unbroken)
+    train(train_config(shards, **{"model.mlp_dim": 96}), unbroken)
   with pytest.raises(ValueError, match="the state of optimizer.name muon, not adam"):
-    train(make_config(shards, **{"optimizer.name": "adam"}), unbroken)
+    train(train_config(shards, **{"optimizer.name": "adam"}), unbroken)
 
 
 def test_validation_is_clean(shards, tmp_path):
   found = []
   for noise in (0.0, 0.5):
     changes = {"data.code_noise": noise, "data.drop_prompt": noise, "num_steps": 1}
-    train(make_config(shards, **changes, **{"optimizer.learning_rate": 0.0}), tmp_path / str(noise))
+    changes["optimizer.learning_rate"] = 0.0
+    train(train_config(shards, **changes), tmp_path / str(noise))
     lines = (tmp_path / str(noise) / "metrics.jsonl").read_text().splitlines()
     found.append(json.loads(lines[-1])["validation/loss"])
   assert found[0] == found[1]
@@ -161,21 +155,22 @@ def test_validation_is_clean(shards, tmp_path):
 
 def test_wrong_starts_are_named(shards, tmp_path):
   with pytest.raises(ValueError, match="config.model.vocab_size is 100, but the vocabulary"):
-    train(make_config(shards, **{"model.vocab_size": 100}), tmp_path)
+    train(train_config(shards, **{"model.vocab_size": 100}), tmp_path)
   with pytest.raises(ValueError, match="config.init_from_base: .* has no decoder"):
-    train(make_config(shards, init_from_base=True, base=str(no_decoder(tmp_path))), tmp_path / "x")
+    base = str(without_part(tmp_path / "base", "decoder"))
+    train(train_config(shards, init_from_base=True, base=base), tmp_path / "x")
   file = tmp_path / "file"
   file.write_text("")
   with pytest.raises(ValueError, match="--workdir .* cannot be written"):
-    train(make_config(shards), file / "run")
+    train(train_config(shards), file / "run")
 
 
 def test_fine_tuning_needs_the_base_models_shape(shards, unbroken, tmp_path):
   base = str(unbroken / "model")
   changes = {"init_from_base": True, "base": base, "num_steps": 1}
   with pytest.raises(ValueError, match="decoder in .* do not fit config.model: .*wrong shapes"):
-    train(make_config(shards, **changes, **{"model.mlp_dim": 96}), tmp_path / "a")
-  train(make_config(shards, **changes), tmp_path / "b")
+    train(train_config(shards, **changes, **{"model.mlp_dim": 96}), tmp_path / "a")
+  train(train_config(shards, **changes), tmp_path / "b")
   assert losses(tmp_path / "b")[1][0] < losses(unbroken)[1][0]  # it starts where the base ended
 
 
@@ -184,9 +179,9 @@ class Killed(BaseException):
 
 
 def test_what_was_due_when_a_run_was_killed_is_done_once(shards, tmp_path, monkeypatch):
-  config = make_config(shards, num_steps=4, checkpoint_every=2, eval_every=2, sample_every=2)
+  config = train_config(shards, num_steps=4, checkpoint_every=2, eval_every=2)
   samples, evaluate, export = [], loop._Run._evaluate, model_dir.export
-  monkeypatch.setattr(loop, "write_samples", lambda step, *_: samples.append(step))
+  hooks = [loop.Hook("samples", 2, lambda step, decoder, writer: samples.append(step))]
 
   def killed(self, state):
     raise Killed
@@ -198,15 +193,15 @@ def test_what_was_due_when_a_run_was_killed_is_done_once(shards, tmp_path, monke
 
   monkeypatch.setattr(loop._Run, "_evaluate", killed)
   with pytest.raises(Killed):  # after the save of step 2, before its evaluation
-    train(config, tmp_path)
+    train(config, tmp_path, hooks)
   assert checkpoint.Checkpoints(str(tmp_path)).latest_step == 2 and done() == [[], []]
   monkeypatch.setattr(loop._Run, "_evaluate", evaluate)
-  monkeypatch.setattr(loop.model_dir, "export", killed)
+  monkeypatch.setattr(model_dir, "export", killed)
   with pytest.raises(TypeError):  # after the last evaluation, before the model directory
-    train(config, tmp_path)
+    train(config, tmp_path, hooks)
   assert done() == [[2, 4], [2, 4]] and samples == [2, 4] and not (tmp_path / "model").exists()
-  monkeypatch.setattr(loop.model_dir, "export", export)
-  train(config, tmp_path)
+  monkeypatch.setattr(model_dir, "export", export)
+  train(config, tmp_path, hooks)
   assert (
     done() == [[2, 4], [2, 4]]
     and samples == [2, 4]
@@ -215,44 +210,38 @@ def test_what_was_due_when_a_run_was_killed_is_done_once(shards, tmp_path, monke
 
 
 def test_profile_of_some_steps(shards, tmp_path):
-  config = to_dataclass(TrainConfig, make_config(shards, num_steps=3, eval_batches=0).to_dict())
+  config = to_dataclass(TrainConfig, train_config(shards, num_steps=3, eval_batches=0).to_dict())
+  base = model_dir.open_base()
   for window in ("3", "0:2", "2:2", "2:5"):
     with pytest.raises(ValueError, match=f"--profile_steps is .*{window}.*; expected"):
-      loop.train(config, str(tmp_path), profile_steps=window)
-  loop.train(config, str(tmp_path), profile_steps="2:3")
+      loop.train(config, str(tmp_path), base, profile_steps=window)
+  loop.train(config, str(tmp_path), base, profile_steps="2:3")
   (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
   assert trace.stat().st_size > 1000
 
 
 def test_batches_that_cannot_be_divided_are_named(shards, tmp_path):
   for changes in ({"batch_size": 12}, {"accumulate": 2}):
-    with pytest.raises(ValueError, match="config.batch_size .* is not a multiple of .*mesh.data 8"):
-      train(make_config(shards, **changes), tmp_path)
+    with pytest.raises(ValueError, match="config.batch_size .* is no multiple of .*mesh.data 8"):
+      train(train_config(shards, **changes), tmp_path)
   assert not (tmp_path / "checkpoints").exists()
 
 
-def no_decoder(tmp_path):
-  out = tmp_path / "base"
-  model_dir.shutil.copytree(
-    model_dir.SHIPPED, out, ignore=model_dir.shutil.ignore_patterns("decoder")
-  )
-  info = json.loads((out / "model.json").read_text())
-  info.pop("decoder", None)
-  (out / "model.json").write_text(json.dumps(info))
-  return out
+def test_hooks_get_the_parameters_as_they_are_split(shards, tmp_path):
+  looks = []
+
+  def look(step, decoder, writer):
+    (spec,) = {x.sharding.spec for x in jax.tree.leaves(nnx.state(decoder.layers.mlp.up))}
+    looks.append((step, spec, jax.sharding.get_abstract_mesh().empty))
+
+  changes = {"num_steps": 2, "eval_batches": 0, "mesh.fsdp": 4, "mesh.data": 2}
+  train(train_config(shards, **changes), tmp_path, [loop.Hook("samples", 1, look)])
+  split = PartitionSpec(None, "fsdp", "tensor")
+  assert looks == [(1, split, True), (2, split, True)]
 
 
-def test_samples_are_made_on_one_device_of_a_mesh(shards, tmp_path, monkeypatch):
-  """Rows of samples could not be split over it."""
-  made = []
-
-  def write_samples(step, model, writer):
-    (response,) = generate_batch(
-      model, [Request("image_caption", image=np.zeros((64, 64, 3), np.uint8))]
-    )
-    made.append((step, response.text, jax.sharding.get_abstract_mesh().size))
-
-  monkeypatch.setattr(loop, "write_samples", write_samples)
-  changes = {"num_steps": 1, "sample_every": 1, "eval_batches": 0, "mesh.fsdp": 4, "mesh.data": 2}
-  train(make_config(shards, **changes), tmp_path)
-  assert [(step, size) for step, _, size in made] == [(1, 1)]
+def test_hooks_are_named_in_the_configuration(shards):
+  config = to_dataclass(TrainConfig, train_config(shards, sample_every=5).to_dict())
+  (hook,) = make_hooks(config)
+  assert (hook.name, hook.every) == ("samples", 5) and isinstance(hook.look, Samples)
+  assert make_hooks(dataclasses.replace(config, sample_every=0)) == []
