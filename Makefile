@@ -9,7 +9,7 @@ PYTEST_FLAGS ?= --numprocesses=2 --dist=loadfile
 CHECKED := not (torch or tpu or processes or wheel or slow)
 TREE_TESTS := tests/models tests/decoding tests/serving tests/training/test_step.py
 
-.PHONY: help demo demo-tiny new-objects check test test-next test-tree lint bench convert-7b plan-7b weights clean
+.PHONY: help demo demo-tiny new-objects check test test-next mutate test-tree lint bench convert-7b plan-7b weights clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -51,6 +51,9 @@ test: $(VENV)/.stamp-all  ## run the suite
 test-next:  ## run the suite on a newer Python with the JAX and Flax that it resolves to
 	$(MAKE) test VENV=.venv-next PYTHON=$(NEXT_PYTHON)
 
+mutate: $(VENV)/.stamp-dev  ## change training/ and data/ and list what no test notices, docs/testing.md: hours
+	$(BIN)/python -m tests.mutation $(MUTATE)
+
 test-tree: $(VENV)/.stamp-all  ## run the parts that use Flax in its coming tree mode
 	NNX_GRAPH_MODE=false $(BIN)/python -m pytest $(PYTEST_FLAGS) $(TREE_TESTS)
 
@@ -59,7 +62,7 @@ lint: $(VENV)/.stamp-dev  ## check style and formatting
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/.stamp-all  ## benchmarks beside their peers, one JSON line each
-	for name in train_step decode data codecs; do $(BIN)/python -m benchmarks.$$name; done
+	for name in train_step decode data codecs first_answer; do $(BIN)/python -m benchmarks.$$name; done
 
 convert-7b: $(VENV)/.stamp-all  ## convert a random 7B there and back: 45 GB of disk, about 10 minutes
 	$(BIN)/python -m benchmarks.convert --verify

@@ -15,9 +15,9 @@ import sys
 import tempfile
 
 from absl import app, flags
-from aromni_jax.configs.pods import PODS
 
 from aromni_jax.cluster.hardware import GIB
+from aromni_jax.configs.pods import PODS
 
 _ONLY = flags.DEFINE_string("only", "", "Part of the names of the rows that are made anew.")
 _FIGURES = flags.DEFINE_string("figures", "docs/scale.json", "File of the figures behind the page.")
@@ -37,15 +37,15 @@ def cases() -> dict[str, list[str]]:
   for name in ("pretrain_7b", "finetune_7b"):
     for topology in PODS:
       out[f"{name}:{topology}"] = [
-        f"--config=configs/{name}.py:{topology}",
+        f"--config={name}:{topology}",
         f"--topology={topology}",
       ]
   for policy in ("full", "mlp", "up"):
     flag = f"--config.model.remat_policy={policy}"
-    out[f"remat {policy}"] = ["--config=configs/pretrain_7b.py", "--topology=v5e:16x16", flag]
+    out[f"remat {policy}"] = ["--config=pretrain_7b", "--topology=v5e:16x16", flag]
   for chips, (topology, data) in _WEAK.items():
     out[f"weak {chips}"] = [
-      "--config=configs/pretrain_7b.py",
+      "--config=pretrain_7b",
       f"--topology={topology}",
       "--config.model.remat_policy=full",
       f"--config.batch_size={chips}",
