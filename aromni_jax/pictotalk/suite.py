@@ -19,6 +19,7 @@ from aromni_jax.codecs import audio, batching, image_vq
 from aromni_jax.codecs.registry import CODECS
 from aromni_jax.evaluation.metrics.captions import caption_scores
 from aromni_jax.evaluation.metrics.wer import NORMALISER, error_rates
+from aromni_jax.evaluation.suite import Suite
 from aromni_jax.model import Model
 from aromni_jax.pictotalk import records, world
 from aromni_jax.pictotalk.scene_reader import read_scene, scene_scores
@@ -307,3 +308,14 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     values = "  ".join(f"{k} {entry[k]:.3f} ({entry['chance'][k]:.3f})" for k in shown)
     lines.append(f"{name:26} n {entry['n']:4}  {values}")
   return "\n".join([f"{'task':26}         figure (chance)", *lines])
+
+
+SUITE = Suite(
+  presets=world.PRESETS,
+  splits=world.SPLITS,
+  load=load_items,
+  evaluate=evaluate,
+  examples=write_examples,
+  describe=describe,
+  table=table,
+)
