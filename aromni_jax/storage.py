@@ -12,6 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from aromni_jax import compat
+
 # Of the arrays of `save_streamed`: what a reader of a part reads at least, and how many are written
 # at once; each is in memory twice then.
 _CHUNK_BYTES = 64 << 20
@@ -56,15 +58,14 @@ class Streamed:
     return self.size * np.dtype(self.dtype).itemsize
 
 
-class _StreamedHandler(ocp.type_handlers.NumpyHandler):
-  """Writes one piece of one array at a time, as Orbax writes NumPy arrays."""
+class _StreamedWriter:
+  """Writes one piece of one array at a time, where Orbax writes NumPy arrays."""
 
   def __init__(self, on_piece: Callable[[int], None]):
-    super().__init__(deepcopy_host_arrays=False)
     self._on_piece = on_piece
     self._turn = asyncio.Semaphore(1)
 
-  async def _open_and_write(self, value: Streamed, tspec: dict, ts_context: ts.Context) -> None:
+  async def write(self, value: Streamed, tspec: dict, ts_context: ts.Context) -> None:
     array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
     if value.nbytes <= _CHUNK_BYTES:  # one chunk, written once
       await array.write(np.concatenate([piece() for piece in value.pieces]))
@@ -107,9 +108,10 @@ def save_streamed(
     params: nested dicts of `Streamed`.
     on_piece: is called with the bytes of every piece that was written.
   """
+  streamed = compat.array_handler(_StreamedWriter(on_piece).write)
   handler = ocp.PyTreeCheckpointHandler(
     type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-      (Streamed, _StreamedHandler(on_piece)), (jax.Array, ocp.type_handlers.ArrayHandler())
+      (Streamed, streamed), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
   )
   args = jax.tree.map(
