@@ -17,16 +17,17 @@ class Chip:
   """One accelerator.
 
   Attributes:
-    name: as topologies name it.
+    name: name of the chip in topologies, e.g. v5e.
     platform: "tpu" or "gpu".
-    device_kinds: what JAX calls it.
-    peak_flops: bfloat16 operations per second.
-    hbm_bytes: memory.
-    hbm_bandwidth: bytes per second.
-    link_bandwidth: bytes per second and direction of one ICI link, or of NVLink.
-    torus_axes: axes of the torus that a chip has links along, both ways; 0 is a switch.
-    network_bandwidth: bytes per second and direction between slices or nodes (DCN, InfiniBand).
-    chips_per_host: of a host of a slice of several hosts, or of a node.
+    device_kinds: beginnings of the names that JAX has for it.
+    peak_flops: bfloat16 FLOPs per second.
+    hbm_bytes: bytes of memory.
+    hbm_bandwidth: bytes per second between chip and memory.
+    link_bandwidth: bytes per second and direction of one ICI link, or of a GPU's NVLink.
+    torus_axes: number of torus axes along which a chip has links, both ways; 0 is a switch.
+    network_bandwidth: bytes per second and direction that a chip has of the network between
+      slices or nodes (DCN, InfiniBand).
+    chips_per_host: chips of a host in a slice of several hosts, or GPUs of a node.
   """
 
   name: str
@@ -66,9 +67,9 @@ class Topology:
   """Chips as they are booked.
 
   Attributes:
-    chip: of which kind.
-    shape: of a slice of TPU chips, or (GPUs per node,).
-    slices: slices, or nodes of GPUs.
+    chip: kind of the chips.
+    shape: sizes (in chips) of the axes of a TPU slice, or (GPUs per node,).
+    slices: number of slices, or of nodes of GPUs.
   """
 
   chip: Chip
@@ -77,12 +78,12 @@ class Topology:
 
   @property
   def slice_name(self) -> str:
-    """Of one slice, e.g. v5e:16x16 or h100:8."""
+    """Name of one slice, e.g. v5e:16x16 or h100:8."""
     return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
   @property
   def name(self) -> str:
-    """What `parse_topology` reads, e.g. 2xv5e:16x16."""
+    """Name of the whole, which `parse_topology` reads, e.g. 2xv5e:16x16."""
     return f"{self.slices}x{self.slice_name}" if self.slices > 1 else self.slice_name
 
   @property

@@ -53,10 +53,10 @@ class Compiled:
   """What the compiler says of a training step.
 
   Attributes:
-    memory: bytes on a chip: what stays (state, batch), and temporaries.
-    cost: the roofline of its program.
-    text: the program.
-    seconds: that compiling took.
+    memory: name of a part (what stays: state and batch; temporaries) -> bytes on a chip.
+    cost: the roofline of its program on one chip.
+    text: the optimised program, as HLO.
+    seconds: time that compiling took.
   """
 
   memory: dict[str, int]
@@ -70,7 +70,7 @@ def compile_step(config: TrainConfig, topology: Topology) -> Compiled:
 
   Args:
     config: the run.
-    topology: what is compiled for.
+    topology: the chips that are compiled for.
 
   Raises:
     ImportError, ValueError: see `topology_devices`; or if the compiler finds no room, with its
@@ -100,11 +100,11 @@ def compile_step(config: TrainConfig, topology: Topology) -> Compiled:
 
 
 def wire(topology: Topology, mesh: jax.sharding.Mesh) -> Callable[[hlo.Collective], tuple]:
-  """Returns the function that `hlo.cost` asks for the time of a collective.
+  """Returns the function that `hlo.cost` asks for the network and the seconds of a collective.
 
   Args:
-    topology: of the chips.
-    mesh: over them; numbers in the program count its devices in order.
+    topology: the chips.
+    mesh: mesh over them; numbers in the program count its devices in order.
   """
   devices = mesh.devices.reshape(-1)
 
@@ -113,7 +113,7 @@ def wire(topology: Topology, mesh: jax.sharding.Mesh) -> Callable[[hlo.Collectiv
       return collective_seconds(topology, collective.opcode, collective.nbytes, (), topology.slices)
     group = [devices[i] for i in collective.group] or list(devices)
     slices = len({getattr(d, "slice_index", 0) for d in group})
-    coords = np.array([d.coords for d in group])
+    coords = np.array([d.coords for d in group])  # [devices, axes of the torus]
     dims = tuple(n for n in (len(set(axis)) for axis in coords.T) if n > 1)
     return collective_seconds(topology, collective.opcode, collective.nbytes, dims, slices)
 

@@ -23,13 +23,14 @@ from aromni_jax.planning.network import DCN, collective_seconds, torus_of
 from aromni_jax.training import setup
 from aromni_jax.training.config import TrainConfig
 
-TABLE_SHAPE = (8192, 256)  # of the released image codec's embeddings
+TABLE_SHAPE = (8192, 256)  # the released image codec's codes and their embeddings' dimensions
 
-# Of a chip's memory, what a program gets: the runtime keeps the rest.
+# Platform -> share of a chip's memory that a program gets: the runtime keeps the rest.
 USABLE = {"tpu": 0.984, "gpu": 0.92}
-# Temporaries of a layer's backward pass: copies of its gathered kernels and their gradients, of its
-# activations (more where chips share a row and sum its parts), and of those that it computes again;
-# of the head: blocks of logits. Gradients are there twice while layers are looped over.
+# How many copies are alive at once. In a layer's backward pass: of its gathered kernels and their
+# gradients, of its activations (more where chips share a row and sum its parts), and of those that
+# it computes again; at the head: of a block of logits. Gradients are there twice while layers are
+# looped over.
 _KERNEL_COPIES, _KEPT_COPIES, _SHARED_COPIES, _AGAIN_COPIES = 2.0, 2.0, 4.0, 3.0
 _LOGIT_COPIES, _GRADIENT_COPIES = 3.0, 2.0
 _EMBEDDING_LANES = 128  # a TPU pads the last axis to this
@@ -37,7 +38,15 @@ _EMBEDDING_LANES = 128  # a TPU pads the last axis to this
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-  """One parameter group and how it is split."""
+  """One array of parameters and how it is split.
+
+  Attributes:
+    name: dotted path in the state.
+    shape: of the whole array.
+    dtype: name of it, e.g. "float32".
+    spec: mesh axes that each of its axes is split over, as `PartitionSpec` has them.
+    local_bytes: bytes of the part that one chip holds.
+  """
 
   name: str
   shape: tuple[int, ...]
@@ -48,15 +57,15 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-  """Collectives of one kind in a step.
+  """All collectives of one kind in a step.
 
   Attributes:
-    what: is moved.
-    opcode: of the collective.
-    count: how often.
-    nbytes: of each, as `collective_seconds` has it.
-    network: that limits it.
-    seconds: of all on the wire.
+    what: name of the arrays that are moved.
+    opcode: kind of collective, as HLO names it.
+    count: number of these collectives in a step.
+    nbytes: bytes of one of them, as `collective_seconds` counts.
+    network: the network that limits them, `ICI` or `DCN`.
+    seconds: time on the wire of all of them, one after another.
   """
 
   what: str
@@ -72,16 +81,19 @@ class Estimate:
   """What a training step needs on each chip.
 
   Attributes:
-    topology, mesh: chips and the sizes of data, fsdp and tensor.
-    parameters: all of them.
-    memory: part -> bytes.
-    usable: bytes that a program gets.
+    topology: the chips.
+    mesh: sizes of the mesh axes data, fsdp and tensor.
+    parameters: every array of parameters.
+    memory: name of a part -> bytes on a chip.
+    usable: bytes of a chip's memory that a program gets.
     largest_batch: rows of the largest step that fits, 0 if none does.
-    traffic: collectives.
-    compute, passes, waits: seconds of products, of everything that is limited by memory, and of
-      collectives that nothing hides.
-    model_flops: operations of a step that the model needs, over all chips.
-    tokens: of a step.
+    traffic: the collectives of a step, by kind.
+    compute: seconds per step of products.
+    passes: seconds per step of everything that memory's bandwidth limits.
+    waits: seconds per step of collectives that nothing hides.
+    model_flops: FLOPs per step that the model needs, over all chips; what is computed again counts
+      once.
+    tokens: tokens per step, over all chips, padding included.
   """
 
   topology: Topology
@@ -99,20 +111,21 @@ class Estimate:
 
   @property
   def total_memory(self) -> float:
+    """Bytes on a chip."""
     return sum(self.memory.values())
 
   @property
   def seconds(self) -> float:
-    """Of a step: the roofline, a lower bound."""
+    """Seconds per step: the roofline, a lower bound."""
     return self.compute + self.passes + self.waits
 
   @property
   def mfu(self) -> float:
-    """Model FLOPs utilisation, an upper bound."""
+    """Model FLOPs utilisation, a share of the chips' peak: an upper bound."""
     return self.mfu_of(self.seconds)
 
   def mfu_of(self, seconds: float) -> float:
-    """Returns the model FLOPs utilisation of a step that takes some seconds."""
+    """Returns the model FLOPs utilisation of a step that takes so many seconds."""
     peak = self.topology.chip.peak_flops * self.topology.num_chips
     return self.model_flops / peak / seconds
 
@@ -124,9 +137,9 @@ def mesh_sizes(
 
   Args:
     config: the run.
-    devices: how many.
-    where: they are, for the message.
-    slices: or nodes that they are in.
+    devices: number of devices.
+    where: name of the place where they are, for the message.
+    slices: number of slices or nodes that they are in.
 
   Raises:
     ValueError: if the mesh, the slices or the batch do not divide.
@@ -152,7 +165,7 @@ def abstract_mesh(config: TrainConfig, topology: Topology) -> AbstractMesh:
 
 
 def parameter_table(config: TrainConfig, mesh: AbstractMesh, table_shape: tuple[int, int]):
-  """Returns the parameters, and the bytes of a chip's part of the optimiser's state."""
+  """Returns the arrays of parameters, and the bytes of a chip's part of the optimiser's state."""
   state = setup.abstract_state(config, table_shape, mesh)
 
   def local(leaf) -> float:
@@ -168,6 +181,7 @@ def parameter_table(config: TrainConfig, mesh: AbstractMesh, table_shape: tuple[
 
 
 def _layer_params(model: DecoderConfig) -> float:
+  """Returns the number of parameters of a layer; the final norm is shared by all."""
   return (model.num_params() - 2 * model.vocab_size * model.embed_dim) / model.num_layers
 
 
@@ -213,11 +227,11 @@ def memory(
 
   Args:
     config: the run.
-    topology: of the chips.
-    sizes: of the mesh axes.
-    rows: of a micro-batch on a chip.
+    topology: the chips.
+    sizes: sizes of the mesh axes data, fsdp and tensor.
+    rows: rows of a micro-batch on a chip.
     state: what `parameter_table` gives.
-    table: bytes of the codec's embeddings that the perceptual loss compares with.
+    table: bytes of the whole codec's embeddings that the perceptual loss compares with.
   """
   parameters, optimizer = state
   m, (_, fsdp, tensor) = config.model, sizes
@@ -253,7 +267,7 @@ def estimate(
 
   Args:
     config: the run.
-    topology: of the chips.
+    topology: the chips.
     table_shape: codes and dimensions of the image embeddings.
 
   Raises:
@@ -277,7 +291,7 @@ def estimate(
   peak = topology.chip.peak_flops
   head = m.vocab_size * m.embed_dim
   weights = m.num_params() - head  # in products: the embedding is looked up
-  attention = 2.0 * m.num_heads * m.head_dim * length  # of a token's forward pass, causal
+  attention = 2.0 * m.num_heads * m.head_dim * length  # FLOPs per token, forward, causal
   flops = 6.0 * weights + 3 * m.num_layers * attention
   again = _computed_again(m, attention)
   if 0 < config.loss.vocab_block < m.vocab_size:
@@ -432,6 +446,6 @@ def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
 
 
 def kv_cache_bytes(config: TrainConfig) -> float:
-  """Returns the bytes of keys and values per token and row in generation."""
+  """Returns the bytes of keys and values that generation keeps per token of a row."""
   m = config.model
   return 2.0 * m.num_layers * m.num_kv_heads * m.head_dim * np.dtype(m.dtype).itemsize

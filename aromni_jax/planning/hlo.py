@@ -37,7 +37,8 @@ class Array:
   """One array of a shape: where it lies matters, for only main memory takes time.
 
   Attributes:
-    dtype, dims: as HLO names them.
+    dtype: type of an element, as HLO names it, e.g. bf16.
+    dims: sizes of the axes.
     local: whether it lies in the chip's own memory (VMEM and the like) instead of HBM.
   """
 
@@ -52,11 +53,21 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+  """One line of a computation.
+
+  Attributes:
+    name: name of its result.
+    opcode: kind of operation, as HLO names it.
+    arrays: the array of the result, or those of its tuple.
+    operands: names of the instructions whose results it takes.
+    text: its attributes, unparsed.
+  """
+
   name: str
   opcode: str
-  arrays: tuple[Array, ...]  # of the result
+  arrays: tuple[Array, ...]
   operands: tuple[str, ...]
-  text: str  # attributes
+  text: str
 
   def attribute(self, name: str) -> str:
     """Returns the name of a computation that an attribute holds, or ""."""
@@ -69,11 +80,11 @@ class Collective:
   """One collective of the program.
 
   Attributes:
-    opcode: of `COLLECTIVES`.
-    group: numbers of the devices of its first group, in the mesh's order.
-    nbytes: of the whole array that is gathered, reduced or exchanged.
-    shape: e.g. bf16[4096,11008].
-    channel: the same number in all parts of one collective.
+    opcode: kind of collective, one of `COLLECTIVES`.
+    group: numbers of the devices of its first group, in the mesh's order; `ACROSS` for slices.
+    nbytes: bytes of the whole array that is gathered, reduced or exchanged.
+    shape: dtype and sizes of the largest array in it, e.g. bf16[4096,11008].
+    channel: number (or name) that all parts of one collective share.
   """
 
   opcode: str
@@ -88,11 +99,13 @@ class Cost:
   """What a chip does in a step.
 
   Attributes:
-    seconds: all, one after another where something waits for something else.
-    compute, memory: seconds of operations that are limited by arithmetic, or by HBM.
-    copy_waits, wire_waits: seconds in which nothing but a copy, or a collective, is under way.
-    flops: operations of products.
-    collectives: what, how often, and seconds on the wire.
+    seconds: time of a step, with everything that waits for something else.
+    compute: seconds of operations that arithmetic limits.
+    memory: seconds of operations that HBM's bandwidth limits.
+    copy_waits: seconds in which nothing but a copy is under way.
+    wire_waits: seconds in which nothing but a collective is under way.
+    flops: FLOPs of products.
+    collectives: (collective, number of times in a step, seconds of one on the wire).
   """
 
   seconds: float = 0.0
@@ -104,7 +117,7 @@ class Cost:
   collectives: list[tuple[Collective, int, float]] = dataclasses.field(default_factory=list)
 
   def add(self, other: "Cost", times: int) -> None:
-    """Adds another cost, as often as it occurs."""
+    """Adds another cost, so many times."""
     for field in ("seconds", "compute", "memory", "copy_waits", "wire_waits", "flops"):
       setattr(self, field, getattr(self, field) + times * getattr(other, field))
     self.collectives += [(c, times * count, wire) for c, count, wire in other.collectives]
@@ -187,7 +200,7 @@ class Module:
     return constants.pop()
 
   def flops(self, instruction: Instruction, scope: dict[str, Instruction]) -> float:
-    """Returns the operations of the products in an instruction and in what it calls."""
+    """Returns the FLOPs of the products in an instruction and in what it calls."""
     if instruction.opcode in ("dot", "convolution"):
       return _product_flops(instruction, scope)
     if instruction.opcode == "custom-call":
@@ -297,10 +310,10 @@ def cost(
   """Returns what one run of the module takes on a chip.
 
   Args:
-    module: as it was compiled.
-    peak_flops: operations per second.
-    hbm_bandwidth: bytes per second.
-    wire: collective -> name of the network that it uses and seconds that it takes there.
+    module: the compiled program of one chip.
+    peak_flops: FLOPs per second of the chip.
+    hbm_bandwidth: bytes per second that it reads from and writes to HBM.
+    wire: collective -> name of the network that it uses, and seconds that it takes there.
   """
 
   @functools.cache
@@ -462,8 +475,8 @@ def _product_flops(instruction: Instruction, scope: dict[str, Instruction]) -> f
 
     (stride,), (low, _) = option("stride", "1"), option("pad", "0_0")
     (dilation,), (spread,) = option("rhs_dilate", "1"), option("lhs_dilate", "1")
-    places = np.arange(dims[result.index(axis)])[:, None] * stride - low
-    places = places + np.arange(kernel[rhs.index(axis)]) * dilation
+    places = np.arange(dims[result.index(axis)])[:, None] * stride - low  # [results, 1]
+    places = places + np.arange(kernel[rhs.index(axis)]) * dilation  # [results, window]
     last = (image[lhs.index(axis)] - 1) * spread
     # Of a window that hangs over, only what lies inside is computed.
     total *= int(((places >= 0) & (places <= last) & (places % spread == 0)).sum())
@@ -471,7 +484,7 @@ def _product_flops(instruction: Instruction, scope: dict[str, Instruction]) -> f
 
 
 def _kernel_flops(instruction: Instruction, scope: dict[str, Instruction]) -> float:
-  """Splash attention of a causal mask: the products of the blocks that are not skipped."""
+  """FLOPs of splash attention under a causal mask: of the blocks that are not skipped."""
   kind = re.search(r"splash_mh[aq]_(fwd|dkv|dq)", instruction.text)
   if not kind:
     return 0.0

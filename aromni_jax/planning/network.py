@@ -12,9 +12,13 @@ ICI, DCN = "ICI", "DCN"
 
 
 def torus_of(topology: Topology, size: int) -> tuple[int, ...]:
-  """Returns the sizes of the torus axes that neighbouring devices of a mesh axis lie on.
+  """Returns the sizes (in chips) of the torus axes that neighbours of a mesh axis lie on.
 
   The last axes of a slice are filled first, as `jax.make_mesh` does.
+
+  Args:
+    topology: the chips.
+    size: number of devices along the mesh axis.
   """
   dims: list[int] = []
   for length in reversed(topology.shape):
@@ -38,12 +42,13 @@ def collective_seconds(
   """Returns the network that limits a collective, and its seconds.
 
   Args:
-    topology: of the chips.
-    opcode: as HLO names it.
-    nbytes: of the array that is gathered, reduced or scattered as a whole; of a chip's own part
-      for an exchange (all-to-all, collective-permute).
-    dims: sizes of the torus axes that the group spans inside a slice, or (GPUs of a node,).
-    slices: slices (or nodes) that the group spans.
+    topology: the chips.
+    opcode: kind of collective, as HLO names it.
+    nbytes: bytes of the whole array that is gathered, reduced or scattered; for an exchange
+      (all-to-all, collective-permute), bytes of a chip's own part.
+    dims: sizes (in chips) of the torus axes that the group spans inside a slice, or (GPUs of a
+      node,).
+    slices: number of slices (or nodes) that the group spans.
   """
   chip = topology.chip
   inside = math.prod(dims)
