@@ -1,18 +1,27 @@
-"""The GPU's attention as far as a CPU can tell: what cuDNN is told, and that JAX still takes it.
-`benchmarks/gpu_stack.py` compares the numbers on a GPU."""
+"""The choice of a backend; and the GPU's as far as a CPU can tell: what cuDNN is told, and that JAX
+still takes it. `benchmarks/gpu_stack.py` compares the numbers on a GPU."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 
+from aromni_jax.configs import base
 from aromni_jax.models import attention as attention_lib
+from aromni_jax.models import decoder as decoder_lib
+from aromni_jax.models.config import DecoderConfig
+from aromni_jax.planning import estimate
+from aromni_jax.training.config import TrainConfig, to_dataclass
 
 
 @pytest.fixture
 def gpu(monkeypatch):
   """JAX asks the machine for cuDNN's version and the card's generation: an H100's."""
+  monkeypatch.setattr(attention_lib, "platform_of_mesh", lambda: "gpu")
   for name, answer in (
     ("check_cudnn_version", 91500),
     ("check_compute_capability", True),
@@ -32,6 +41,79 @@ def program(**arguments) -> str:
 
   traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(q, kv, kv, ids)
   return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+  "platform, length, head_dim, dtype, auto",
+  [
+    ("tpu", 4096, 128, "bfloat16", "splash"),
+    ("tpu", 128, 64, "float32", "splash"),
+    ("tpu", 100, 128, "bfloat16", "xla"),
+    ("tpu", 4096, 96, "bfloat16", "xla"),
+    ("gpu", 4096, 128, "bfloat16", "cudnn"),
+    ("gpu", 4096, 128, "float32", "xla"),
+    ("gpu", 4096, 256, "bfloat16", "xla"),
+    ("gpu", 4096, 60, "bfloat16", "xla"),
+    ("gpu", 4095, 128, "bfloat16", "xla"),
+    ("cpu", 4096, 128, "bfloat16", "xla"),
+  ],
+)
+def test_auto_and_what_else_can_be_had(platform, length, head_dim, dtype, auto):
+  shape = length, head_dim, dtype, platform
+  assert attention_lib.choose("auto", *shape).name == auto
+  able = {auto, "xla"}
+  for name in attention_lib.BACKENDS:
+    if name in able:
+      assert attention_lib.choose(name, *shape).name == name
+      continue
+    with pytest.raises(ValueError) as e:
+      attention_lib.choose(name, *shape)
+    (line,) = str(e.value).splitlines()
+    assert line.startswith(f"model.attention {name!r} needs a ")
+    assert f"this is platform {platform}, length {length}, model.head_dim {head_dim}" in line
+
+
+@pytest.mark.parametrize("backend, need", [("splash", "a TPU"), ("cudnn", "a GPU")])
+def test_a_model_whose_backend_is_impossible_is_refused_before_it_is_compiled(backend, need):
+  config = DecoderConfig(
+    vocab_size=64, embed_dim=128, mlp_dim=64, num_layers=1, num_heads=1, num_kv_heads=1
+  )
+  config = dataclasses.replace(config, attention=backend)
+  decoder = nnx.eval_shape(lambda: decoder_lib.Decoder(config, rngs=nnx.Rngs(0)))
+  graphdef, params = nnx.split(decoder)
+  ids = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+  with pytest.raises(ValueError, match=f"^model.attention '{backend}' needs {need}, .*cpu"):
+    jax.jit(lambda params, ids: nnx.merge(graphdef, params)(ids, ids)).trace(params, ids)
+
+
+def test_an_entry_is_all_that_a_backend_needs(monkeypatch):
+  """A new one is chosen, computes, keeps what it names and is counted."""
+
+  def run(q, k, v, segment_ids, max_segments):
+    calls.append(q.shape)
+    k, v, q = (x.swapaxes(1, 2) for x in (k, v, q))
+    return attention_lib.BACKENDS["xla"].run(q, k, v, segment_ids, max_segments).swapaxes(1, 2)
+
+  calls = []
+  new = dataclasses.replace(
+    attention_lib.BACKENDS["xla"], name="new", run=run, heads_first=True, kept_floats=5
+  )
+  q, kv = (jax.random.normal(jax.random.key(0), (2, 16, heads, 8)) for heads in (4, 2))
+  want = attention_lib.attention(q, kv, kv)
+  backends = {"new": new, **attention_lib.BACKENDS}
+  monkeypatch.setattr(attention_lib, "BACKENDS", backends)
+  np.testing.assert_array_equal(attention_lib.attention(q, kv, kv), want)
+  assert calls == [(2, 4, 16, 8)]
+  run = to_dataclass(TrainConfig, base.get_config().to_dict())
+  model = dataclasses.replace(run.model, remat_policy="norms")
+  run = dataclasses.replace(run, model=model)
+  found = [
+    estimate.kept_bytes(
+      dataclasses.replace(run, model=dataclasses.replace(model, attention=a)), 1, "cpu"
+    )
+    for a in ("auto", "xla")
+  ]
+  assert found[0] - found[1] == 5 * 4 * run.model.num_heads
 
 
 def test_runs():

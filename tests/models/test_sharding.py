@@ -12,19 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aromni_jax.configs import finetune_7b, pods, pretrain_7b
 from flax import nnx
 
 from aromni_jax.cluster.hardware import parse_topology
-from aromni_jax.data.batch import Batch
+from aromni_jax.configs import base, finetune_7b, pods, pretrain_7b
+from aromni_jax.models import attention as attention_lib
 from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.models import sharding
 from aromni_jax.models.config import DecoderConfig
 from aromni_jax.planning.estimate import abstract_mesh
-from aromni_jax.training import step as step_lib
+from aromni_jax.training import setup
 from aromni_jax.training.config import TrainConfig, to_dataclass
-from aromni_jax.training.losses import LossConfig
-from aromni_jax.training.optimizer import OptimizerConfig, make_optimizer
 from aromni_jax.vocabulary import get_vocabulary
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "fixtures/shardings"
@@ -36,15 +34,10 @@ def shardings_of(name, topology):
   """Path -> shape and sharding of every parameter and of the optimiser's state."""
   config = to_dataclass(TrainConfig, MODULES[name].get_config(topology).to_dict())
   mesh = abstract_mesh(config, parse_topology(topology))
-  optimizer = make_optimizer(config.optimizer)
-  state = jax.eval_shape(
-    lambda: step_lib.init_state(config.model, optimizer, 256, jax.random.key(0))
-  )
-  placed = jax.tree.leaves(sharding.state_shardings(state, mesh))
-  leaves = jax.tree_util.tree_leaves_with_path(state)
+  state = setup.abstract_state(config, (8192, 256), mesh)
   return {
-    jax.tree_util.keystr(path).removesuffix(".value"): (leaf, one)
-    for (path, leaf), one in zip(leaves, placed, strict=True)
+    jax.tree_util.keystr(path).removesuffix(".value"): (leaf, leaf.sharding)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
   }
 
 
@@ -124,29 +117,27 @@ def trace_step(mesh, attention):
     head_dim=128,
     attention=attention,
   )
-  optimizer = make_optimizer(OptimizerConfig())
+  run = to_dataclass(TrainConfig, base.get_config().to_dict())
+  run = dataclasses.replace(
+    run,
+    model=model,
+    loss=dataclasses.replace(run.loss, vocab_block=368),
+    data=dataclasses.replace(run.data, sequence_length=128),
+    batch_size=16,
+    accumulate=2,
+  )
   mesh = sharding.make_mesh(*mesh)
+  built = setup.build(run, vocabulary, (1024, 8), mesh)
+  rate = jax.ShapeDtypeStruct((), jnp.float32)
   with jax.set_mesh(mesh):
-    state = jax.eval_shape(
-      lambda: step_lib.init_state(model, optimizer, 8, jax.random.key(0)),
-    )
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: decoder_lib.Decoder(model, rngs=nnx.Rngs(0))))
-    config = step_lib.StepConfig(
-      graphdef, vocabulary, LossConfig(vocab_block=368), optimizer, accumulate=2
-    )
-    step = step_lib.make_train_step(config, mesh, sharding.state_shardings(state, mesh))
-    ids, floats = (jax.ShapeDtypeStruct((16, 128), t) for t in (jnp.int32, jnp.float32))
-    batch = Batch(
-      **{f.name: floats if f.name == "loss_weights" else ids for f in dataclasses.fields(Batch)}
-    )
-    table = jax.ShapeDtypeStruct((1024, 8), jnp.float32)
-    step.trace(state, batch, table, jax.ShapeDtypeStruct((), jnp.float32))
+    built.step.__wrapped__.trace(built.state, built.batch, built.table, rate)
 
 
 @pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 8, 1)])
-@pytest.mark.parametrize("attention", ["xla", "splash"])
-def test_no_rule_is_dead(recorded, mesh, attention):
+@pytest.mark.parametrize("attention, platform", [("xla", "cpu"), ("splash", "tpu")])
+def test_no_rule_is_dead(recorded, monkeypatch, mesh, attention, platform):
   """Every machine's step asks for every rule, with and without tensor parallelism."""
+  monkeypatch.setattr(attention_lib, "platform_of_mesh", lambda: platform)
   trace_step(mesh, attention)
   assert set(recorded) - recorded.read == set()
 
@@ -227,6 +218,90 @@ def test_gather_and_scatter_undo_what_fsdp_splits(names):
     summed = sharding.on_devices(local, (names,), names)(weight)
   devices = 4 if any("fsdp" in sharding._axes(n) for n in names) else 2  # that share a batch
   np.testing.assert_array_equal(summed, devices * weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  id: int
+  process_index: int
+
+
+class Rows:
+  """Stands for the sharding of a batch whose 8 devices belong to several processes.
+
+  Args:
+    sizes: of the mesh.
+    processes: of each device, in the mesh's order.
+  """
+
+  def __init__(self, sizes, processes):
+    self.mesh = sharding.make_mesh(*sizes)
+    self.num_devices = len(processes)
+    self.processes = processes
+
+  def devices_indices_map(self, shape):
+    indices = sharding.batch_sharding(self.mesh).devices_indices_map(shape)
+    devices = self.mesh.devices.reshape(-1)
+    return {
+      Device(device.id, process): indices[device]
+      for process, device in zip(self.processes, devices, strict=True)
+    }
+
+
+def readers(monkeypatch, sizes, processes):
+  """What `reader_of` gives each process."""
+  out = []
+  for process in range(max(processes) + 1):
+    monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+    out.append(sharding.reader_of(Rows(sizes, processes)))
+  return out
+
+
+@pytest.mark.parametrize(
+  "sizes, processes, want",
+  [
+    ((1, 8, 1), [0] * 8, [(0, 1)]),
+    ((1, 8, 1), [0, 0, 1, 1, 2, 2, 3, 3], [(0, 4), (1, 4), (2, 4), (3, 4)]),
+    ((1, 8, 1), [1, 1, 0, 0, 3, 3, 2, 2], [(1, 4), (0, 4), (3, 4), (2, 4)]),  # by their rows
+    ((2, 4, 1), [0, 0, 1, 1, 0, 0, 1, 1], [(0, 2), (1, 2)]),  # two pieces each
+    ((1, 2, 4), [0, 0, 1, 1, 2, 2, 3, 3], [(0, 2), (0, 2), (1, 2), (1, 2)]),  # pairs share rows
+    ((1, 1, 8), [0, 0, 0, 0, 1, 1, 1, 1], [(0, 1), (0, 1)]),  # all share all rows
+    ((2, 2, 2), [0, 0, 0, 0, 1, 1, 1, 1], [(0, 2), (1, 2)]),
+  ],
+)
+def test_processes_read_their_devices_rows(monkeypatch, sizes, processes, want):
+  assert readers(monkeypatch, sizes, processes) == want
+
+
+@pytest.mark.parametrize(
+  "sizes, processes",
+  [
+    ((1, 4, 2), [0, 0, 0, 1, 1, 1, 2, 2]),  # tensor 2 over processes of 3 devices
+    ((1, 8, 1), [0, 0, 0, 1, 1, 1, 2, 2]),  # nothing overlaps, but 2 of 8 rows are not a third
+    ((1, 4, 2), [0, 1, 1, 2, 2, 3, 3, 0]),
+  ],
+)
+def test_processes_that_share_some_rows_are_refused(monkeypatch, sizes, processes):
+  with pytest.raises(ValueError, match="parts of a batch that overlap: config.mesh.tensor must"):
+    readers(monkeypatch, sizes, processes)
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_one_process_reads_everything(sizes):
+  assert sharding.reader_of(sharding.batch_sharding(sharding.make_mesh(*sizes))) == (0, 1)
+
+
+def test_the_platform_is_that_of_the_mesh(monkeypatch):
+  assert sharding.platform_of_mesh() == "cpu"
+  with jax.set_mesh(sharding.make_mesh()):
+    assert sharding.platform_of_mesh() == "cpu"
+  tpu = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
+  mesh = jax.sharding.AbstractMesh((1, 8, 1), sharding.MESH_AXES, abstract_device=tpu)
+  with jax.sharding.use_abstract_mesh(mesh):
+    assert sharding.platform_of_mesh() == "tpu"
+    jax.jit(lambda x: x * (sharding.platform_of_mesh() == "tpu")).trace(1.0)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert sharding.platform_of_mesh() == "gpu"
 
 
 def test_on_devices_without_a_mesh_has_one_device():

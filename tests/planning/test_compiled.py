@@ -5,9 +5,9 @@ import re
 
 import numpy as np
 import pytest
-from aromni_jax.configs import base
 
 from aromni_jax.cluster.hardware import parse_topology
+from aromni_jax.configs import base
 from aromni_jax.models import sharding
 from aromni_jax.planning import compiled, estimate, hlo, report
 from aromni_jax.planning.network import DCN, ICI

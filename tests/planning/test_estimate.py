@@ -2,9 +2,9 @@ import dataclasses
 import re
 
 import pytest
-from aromni_jax.configs import finetune_7b, pods, pretrain_7b
 
 from aromni_jax.cluster.hardware import parse_topology
+from aromni_jax.configs import finetune_7b, pods, pretrain_7b
 from aromni_jax.planning import estimate, report
 from aromni_jax.planning.network import DCN, ICI
 from aromni_jax.training.config import TrainConfig, to_dataclass
@@ -56,11 +56,40 @@ def test_kept_activations_by_hand():
   """Of a token and layer, in bfloat16: with "full" the input; with "norms" q, k, v, the context and
   its float32 statistics of 32 heads, and the branches' products."""
   run = config(model__remat_policy="full")
-  assert estimate.kept_bytes(run, 1) == 2 * 4096
+  assert estimate.kept_bytes(run, 1, "tpu") == 2 * 4096
   run = config(model__remat_policy="norms")
-  assert estimate.kept_bytes(run, 1) == 2 * (4096 + 3 * 4096 + 4096 + 4096 + 4096 + 2 * 11008) + 128
+  assert (
+    estimate.kept_bytes(run, 1, "tpu")
+    == 2 * (4096 + 3 * 4096 + 4096 + 4096 + 4096 + 2 * 11008) + 128
+  )
   # Split over two chips: all but what is embed_dim wide.
-  assert estimate.kept_bytes(run, 2) == 2 * (4096 + 3 * 2048 + 2048 + 4096 + 4096 + 2 * 5504) + 64
+  assert (
+    estimate.kept_bytes(run, 2, "tpu") == 2 * (4096 + 3 * 2048 + 2048 + 4096 + 4096 + 2 * 5504) + 64
+  )
+
+
+def test_what_attention_keeps_depends_on_its_backend():
+  """The kernels keep a float32 of each head; XLA's computes its softmax again."""
+  run = config(model__remat_policy="norms")
+  fused = estimate.kept_bytes(run, 1, "tpu")
+  assert estimate.kept_bytes(run, 1, "gpu") == fused
+  assert estimate.kept_bytes(run, 1, "cpu") == fused - 4 * 32
+  assert estimate.kept_bytes(config(model__attention="xla"), 1, "tpu") == fused - 4 * 32
+
+
+def test_an_attention_that_the_chips_do_not_have_is_refused():
+  with pytest.raises(ValueError, match="^model.attention 'splash' needs a TPU.*platform gpu"):
+    estimate.check(config("h100:8", model__attention="splash"), parse_topology("h100:8"))
+
+
+def test_what_is_computed_again_by_hand():
+  """Products of a layer per token: 4 of 4096^2 and 3 of 4096 * 11008, and causal attention."""
+  attention, mlp = 2 * 32 * 128 * 4096.0, 2 * 4096 * 11008.0
+  everything = 4 * 2 * 4096**2 + attention + 3 * mlp
+  want = {"full": everything, "mlp": 2 * mlp, "up": mlp, "norms": 0, "none": 0}
+  for policy, flops in want.items():
+    model = config(model__remat_policy=policy).model
+    assert estimate._computed_again(model, attention) == 32 * flops
 
 
 def test_more_rows_take_more_memory():
@@ -127,7 +156,7 @@ def test_where_nothing_fits_it_says_so():
   [
     ("v5e:16x16", {"batch_size": 300}, r"batch_size 300 is no multiple of 256.*take 256 or 512"),
     ("v5e:16x16", {"batch_size": 8}, r"batch_size 8 is no multiple of 256.*take 256$"),
-    ("v5e:16x16", {"accumulate": 2}, r"256 is no multiple of 512: .* 2 \(accumulate\)"),
+    ("v5e:16x16", {"accumulate": 2}, "256 is no multiple of 512: .* config.accumulate 2 on"),
     ("2xv5e:16x16", {"mesh.data": 1}, "2 slices .*--config.mesh.data=2"),
     ("4xv5e:16x16", {}, "config.mesh.data is 2, no multiple of the 4 slices"),
     ("v5e:16x16", {"mesh.fsdp": 100}, "fsdp=100 tensor=1 does not cover 256 devices"),
