@@ -2,11 +2,16 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 
 from aromni_jax import __version__
 from aromni_jax.cli import JOBS
+from aromni_jax.launch.shell import SOURCES
+from tests.installed import ROOT
 
 OWN = "from {} import base\n\ndef get_config():\n  return base.get_config()\n"
 
@@ -113,6 +118,16 @@ def test_says_in_one_line_what_is_wrong_before_anything_is_loaded(case, installe
   assert said[0].startswith("error: ") and re.search(message, said[0])
   assert re.search(r"\| +absl\.flags$", imports, re.M) or case == "job"
   assert not re.search(r"\| +(jax|flax)$", imports, re.M)
+
+
+def test_what_workers_get_can_be_installed(tmp_path):
+  for name in SOURCES:
+    copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+    copy(ROOT / name, tmp_path / name)
+  command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib=built"]
+  done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / "built/aromni_jax/configs/pretrain_7b.py").is_file()
 
 
 def test_a_booking_needs_a_checkout(installed, folder):
