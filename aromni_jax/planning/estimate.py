@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from aromni_jax.cluster.hardware import GIB, Topology
@@ -19,6 +18,7 @@ from aromni_jax.models import sharding
 from aromni_jax.models.attention import CONTEXT, choose
 from aromni_jax.models.config import DecoderConfig
 from aromni_jax.models.remat import REMAT
+from aromni_jax.planning import sampling
 from aromni_jax.planning.network import DCN, collective_seconds, torus_of
 from aromni_jax.training import setup
 from aromni_jax.training.config import TrainConfig
@@ -33,6 +33,7 @@ USABLE = {"tpu": 0.984, "gpu": 0.92}
 # looped over.
 _KERNEL_COPIES, _KEPT_COPIES, _SHARED_COPIES, _AGAIN_COPIES = 2.0, 2.0, 4.0, 3.0
 _LOGIT_COPIES, _GRADIENT_COPIES = 3.0, 2.0
+_CODECS = "codecs, for samples while training"
 _EMBEDDING_LANES = 128  # a TPU pads the last axis to this
 
 
@@ -84,7 +85,8 @@ class Estimate:
     topology: the chips.
     mesh: sizes of the mesh axes data, fsdp and tensor.
     parameters: every array of parameters.
-    memory: name of a part -> bytes on a chip.
+    memory: name of a part -> bytes on a chip in a step.
+    sampling: the same while samples are made; empty without `sample_every`.
     usable: bytes of a chip's memory that a program gets.
     largest_batch: rows of the largest step that fits, 0 if none does.
     traffic: the collectives of a step, by kind.
@@ -100,6 +102,7 @@ class Estimate:
   mesh: tuple[int, int, int]
   parameters: tuple[Parameter, ...]
   memory: dict[str, float]
+  sampling: dict[str, float]
   usable: float
   largest_batch: int
   traffic: tuple[Traffic, ...]
@@ -250,7 +253,7 @@ def memory(
   everything = max(kept, kept_bytes(all_named, tensor, platform) * tokens)
   copies = _SHARED_COPIES if tensor > 1 else _KEPT_COPIES
   backward = _KERNEL_COPIES * layer + copies * everything + _AGAIN_COPIES * (everything - kept)
-  return {
+  parts = {
     "parameters": own,
     "optimiser": optimizer,
     "gradients": own * (_GRADIENT_COPIES + (config.accumulate > 1)),
@@ -258,6 +261,9 @@ def memory(
     "image codec's embeddings, split and gathered": table * (1 + 1 / fsdp),
     "working set of a layer, the head or the embedding": max(backward, head, embedding),
   }
+  if config.sample_every:
+    parts[_CODECS] = sampling.codec_bytes()
+  return parts
 
 
 def estimate(
@@ -280,8 +286,10 @@ def estimate(
   rows = config.batch_size // (data * fsdp * config.accumulate)
   usable = USABLE[topology.chip.platform] * topology.chip.hbm_bytes
 
+  table = 4.0 * math.prod(table_shape) if config.loss.perceptual_weight else 0.0
+
   def parts(rows: int) -> dict[str, float]:
-    return memory(config, topology, sizes, rows, state, 4.0 * math.prod(table_shape))
+    return memory(config, topology, sizes, rows, state, table)
 
   largest = 0
   while sum(parts(largest + 1).values()) <= usable:
@@ -312,6 +320,7 @@ def estimate(
     sizes,
     state[0],
     parts(rows),
+    _while_sampling(config, parts(rows), sizes),
     usable,
     largest * data * fsdp * config.accumulate,
     traffic,
@@ -381,9 +390,19 @@ def _traffic(
   return tuple(out)
 
 
+def _while_sampling(
+  config: TrainConfig, step: dict[str, float], sizes: tuple[int, int, int]
+) -> dict[str, float]:
+  """Bytes of each part while samples are made: what a step leaves, and the engine's."""
+  if not config.sample_every:
+    return {}
+  stays = {name: step[name] for name in ("parameters", "optimiser", _CODECS)}
+  return stays | sampling.engine_memory(config.model, sizes)
+
+
 def fits(estimated: Estimate) -> bool:
-  """Whether the estimated memory is there."""
-  return estimated.total_memory <= estimated.usable
+  """Whether the estimated memory is there, for steps and for samples."""
+  return max(estimated.total_memory, sum(estimated.sampling.values())) <= estimated.usable
 
 
 def check(config: TrainConfig, topology: Topology) -> Estimate:
@@ -402,10 +421,15 @@ def require_fit(config: TrainConfig, found: Estimate) -> None:
   if fits(found):
     return
   topology = found.topology
-  parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in found.memory.items())
+  step_fits = found.total_memory <= found.usable
+  needed, what = (found.sampling, "sampling") if step_fits else (found.memory, "the run")
+  parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needed.items())
+  advice = (
+    "Leave samples out: --config.sample_every=0" if step_fits else _advice(config, topology, found)
+  )
   raise ValueError(
-    f"the run needs {found.total_memory / GIB:.1f} GiB on each chip of {topology.name}, which has "
-    f"{found.usable / GIB:.1f} ({parts}). {_advice(config, topology, found)}"
+    f"{what} needs {sum(needed.values()) / GIB:.1f} GiB on each chip of {topology.name}, which has "
+    f"{found.usable / GIB:.1f} ({parts}). {advice}"
   )
 
 
@@ -443,9 +467,3 @@ def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
     else:
       config = dataclasses.replace(config, **{field: value})
   return config
-
-
-def kv_cache_bytes(config: TrainConfig) -> float:
-  """Returns the bytes of keys and values that generation keeps per token of a row."""
-  m = config.model
-  return 2.0 * m.num_layers * m.num_kv_heads * m.head_dim * np.dtype(m.dtype).itemsize

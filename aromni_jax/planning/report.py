@@ -4,11 +4,11 @@ import collections
 from typing import Any
 
 from aromni_jax.cluster.hardware import GIB
-from aromni_jax.planning import estimate as estimate_lib
 from aromni_jax.planning.compiled import Compiled
 from aromni_jax.planning.estimate import Estimate
 from aromni_jax.planning.hlo import ACROSS
 from aromni_jax.planning.network import DCN, ICI
+from aromni_jax.planning.sampling import kv_cache_bytes
 from aromni_jax.training.config import TrainConfig
 
 PAPER_TOKENS = 140_000 * 480 * 1300  # of pre-training, facts of arXiv 2601.17761 section 3
@@ -38,6 +38,10 @@ def estimated(config: TrainConfig, found: Estimate) -> str:
   lines += ["", "memory of a chip, GiB (estimate)"]
   lines += [f"  {name:55s} {size / GIB:7.2f}" for name, size in found.memory.items()]
   lines.append(f"  {f'in all, of {found.usable / GIB:.2f}':55s} {found.total_memory / GIB:7.2f}")
+  if found.sampling:
+    lines += ["memory of a chip while samples are made, GiB (estimate)"]
+    lines += [f"  {name:55s} {size / GIB:7.2f}" for name, size in found.sampling.items()]
+    lines.append(f"  {'in all':55s} {sum(found.sampling.values()) / GIB:7.2f}")
   lines.append(
     f"largest step that fits: {found.largest_batch} rows"
     if found.largest_batch
@@ -57,7 +61,7 @@ def estimated(config: TrainConfig, found: Estimate) -> str:
     f"  products {found.compute:.3f} s, limited by memory {found.passes:.3f} s, waiting for "
     f"collectives {found.waits:.3f} s; the limit is {_limit(found)}"
   )
-  cache = estimate_lib.kv_cache_bytes(config)
+  cache = kv_cache_bytes(config.model)
   weights = 2 * config.model.num_params() / tensor / fsdp
   lines += [
     "",
@@ -109,6 +113,7 @@ def figures(config: TrainConfig, found: Estimate, step: Compiled | None) -> dict
     "estimate": {
       "memory": found.memory,
       "total": found.total_memory,
+      "sampling": found.sampling,
       "usable": found.usable,
       "largest_batch": found.largest_batch,
       "seconds": found.seconds,

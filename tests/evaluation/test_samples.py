@@ -16,6 +16,7 @@ from aromni_jax.evaluation.samples import Samples
 from aromni_jax.models import decoder as decoder_lib
 from aromni_jax.models import sharding
 from aromni_jax.models.config import DecoderConfig
+from aromni_jax.planning.sampling import SEQUENCES
 from aromni_jax.training.writer import Writer
 from aromni_jax.vocabulary import get_vocabulary
 from tests.cluster.test_processes import free_port
@@ -60,15 +61,26 @@ def held(monkeypatch):
   return out
 
 
-def test_no_device_holds_the_decoder_and_the_second_look_compiles_nothing(tmp_path, held):
+def test_no_device_holds_the_decoder_and_the_second_look_compiles_nothing(
+  tmp_path, held, monkeypatch
+):
   samples, writer = Samples(model_dir.SHIPPED), Writer(tmp_path, 0)
-  programs = []
+  programs, sequences = [], []
+  with_twins = Engine._with_twins
+
+  def counted(self, prompts, tasks):
+    out = with_twins(self, prompts, tasks)
+    sequences.append(len(out))
+    return out
+
+  monkeypatch.setattr(Engine, "_with_twins", counted)
   for step in (1, 2):
     samples(step, make_decoder(step, devices=2), writer)
     engine = samples._engine
     programs.append((engine._prefill._cache_size(), engine._advance._cache_size()))
     assert engine._params is None  # given back
   writer.close()
+  assert max(sequences) == SEQUENCES  # what plans count
   assert programs[0] == programs[1] and programs[0][0] > 0
   assert held and all(most == size / 2 for size, most in held)
   (events,) = (tmp_path / "tensorboard").iterdir()

@@ -5,7 +5,7 @@ import pytest
 
 from aromni_jax.cluster.hardware import parse_topology
 from aromni_jax.configs import finetune_7b, pods, pretrain_7b
-from aromni_jax.planning import estimate, report
+from aromni_jax.planning import estimate, report, sampling
 from aromni_jax.planning.network import DCN, ICI
 from aromni_jax.training.config import TrainConfig, to_dataclass
 
@@ -197,4 +197,29 @@ def test_model_operations_and_utilisation():
 
 
 def test_keys_and_values_of_generation():
-  assert estimate.kv_cache_bytes(config()) == 2 * 32 * 32 * 128 * 2
+  assert sampling.kv_cache_bytes(config().model) == 2 * 32 * 32 * 128 * 2
+
+
+def test_samples_while_training_are_counted():
+  plain = estimate.estimate(config(), parse_topology("v5e:16x16"))
+  run = dataclasses.replace(config(), sample_every=100)
+  found = estimate.estimate(run, parse_topology("v5e:16x16"))
+  codecs = found.total_memory - plain.total_memory
+  assert plain.sampling == {} and codecs == found.sampling["codecs, for samples while training"]
+  assert 0.3e9 < codecs < 1e9  # 66 and 82 million parameters, and the decoders of both
+  copy = found.sampling["the engine's copy of the decoder"]
+  assert copy == pytest.approx(2 * (7_013_158_912 - 65536 * 4096) / 256)
+  assert estimate.fits(found)
+  assert "while samples are made" in report.estimated(run, found)
+  assert "while samples are made" not in report.estimated(config(), plain)
+  short = dataclasses.replace(found, usable=found.total_memory + 1, sampling={"all": 1e12})
+  with pytest.raises(ValueError, match=r"sampling needs 931.3 GiB .*--config.sample_every=0"):
+    estimate.require_fit(run, short)
+
+
+def test_without_the_perceptual_loss_no_table_is_counted():
+  run = config()
+  run = dataclasses.replace(run, loss=dataclasses.replace(run.loss, perceptual_weight=0.0))
+  found = estimate.estimate(run, parse_topology("v5e:16x16"))
+  assert found.memory["image codec's embeddings, split and gathered"] == 0
+  assert not any("projection" in p.name for p in found.parameters)
