@@ -54,13 +54,13 @@ def test_a_base_of_another_function_is_refused(model, tmp_path):
   c = finetune_7b.get_config("released")
   c.base, c.data.shards = str(model), str(tmp_path)
   c.model.update(dataclasses.asdict(released.TINY) | {"norm_placement": "swin"})
-  config = to_dataclass(TrainConfig, c.to_dict())
+  config, base = to_dataclass(TrainConfig, c.to_dict()), model_dir.open_base(model)
   with pytest.raises(ValueError, match="norm_placement is swin, but the decoder of .* has pre"):
-    loop._check_same_function(config, model)
-  loop._check_same_function(dataclasses.replace(config, change_norm_placement=True), model)
+    loop._check_same_function(config, base)
+  loop._check_same_function(dataclasses.replace(config, change_norm_placement=True), base)
   other = dataclasses.replace(config.model, norm_placement="pre", rope_theta=5e5)
   with pytest.raises(ValueError, match="rope_theta is 500000.0, but the decoder of .* has 10000.0"):
-    loop._check_same_function(dataclasses.replace(config, model=other), model)
+    loop._check_same_function(dataclasses.replace(config, model=other), base)
 
 
 def test_a_tuned_model_goes_back_to_ar_omni(root, tuned, tmp_path):
