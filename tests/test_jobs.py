@@ -242,7 +242,7 @@ def test_the_readmes_figures_come_from_a_command(place, evaluated):
   """Its table is what the command writes, but for the numbers, which are the shipped model's."""
   place.run("report", f"--evaluations=shipped={evaluated[1]}", "--out=shipped.md")
   ours, readme = (
-    re.sub(r"\d\.\d+", "0.000", path.read_text())
+    re.sub(r"\d+\.\d+", "0.000", path.read_text())
     for path in (place.folder / "shipped.md", ROOT / "README.md")
   )
   assert ours in readme
