@@ -11,9 +11,14 @@ import pytest
 import tensorflow_datasets as tfds
 
 from aromni_jax.data import packing, token_shards
-from aromni_jax.data.loss_weights import LossWeightConfig, loss_weights
-from aromni_jax.data.pipeline import DataConfig, PackedRows, RowPlan, make_train_iterator
-from aromni_jax.sample import Sample
+from aromni_jax.data.loss_weights import LossWeightConfig
+from aromni_jax.data.pipeline import (
+  DataConfig,
+  PackedRows,
+  RowPlan,
+  add_code_noise,
+  make_train_iterator,
+)
 from aromni_jax.tasks import TASKS, task_name
 from aromni_jax.vocabulary import IMAGE, SPEECH, get_vocabulary
 from tests.tiny import random_samples, text_model
@@ -43,34 +48,6 @@ def test_targets_are_the_next_ids_of_the_same_sample(shards):
       assert batch.loss_weights[b, at[-1]] == 0 and len(set(batch.task_ids[b, at])) == 1
     padding = batch.segment_ids[b] == 0
     assert not batch.loss_weights[b, padding].any()
-
-
-def test_loss_weights_follow_the_response():
-  ids = np.array([VOCABULARY.bos, 2100, 2101, VOCABULARY.eoh, 2102, 2103, 2104, VOCABULARY.eos])
-  heard = Sample(ids, "speech_to_text", 4, "k")
-  weights = loss_weights(heard, VOCABULARY, LossWeightConfig(prompt=0.5, boosted=3.0))
-  # Targets of positions 3..5 are the response's ids 4..6; id 7 is the closing eos.
-  np.testing.assert_array_equal(weights, [0.5, 0.5, 0.5, 3, 3, 3, 1, 0])
-  plain = loss_weights(
-    dataclasses.replace(heard, task="text_to_image"), VOCABULARY, LossWeightConfig()
-  )
-  np.testing.assert_array_equal(plain, [1, 1, 1, 1, 1, 1, 1, 0])
-
-
-def test_the_transcript_is_weighted_up_to_the_next_unused_response_id():
-  opening, closing = VOCABULARY.instruction, VOCABULARY.response
-  for ids, inside in {
-    (2100, opening, 2101, 2102, closing, 2103): [2, 3],
-    (opening, 2100, opening, 2101, closing, 2102, closing, 2103): [1, 2, 3, 4, 5],
-    (closing, opening, 2100, opening, 2101, closing, 2102): [2, 3, 4],
-    (opening, closing, opening, 2100): [],
-    (opening, 2100, closing, closing, opening, 2101, closing): [1, 5],
-  }.items():
-    sample = Sample(np.array([VOCABULARY.bos, *ids]), "dialogue", 1, "k")
-    weights = loss_weights(sample, VOCABULARY, LossWeightConfig(transcript=4.0))
-    want = np.ones(len(ids) + 1)
-    want[inside], want[-1] = 4.0, 0.0
-    np.testing.assert_array_equal(weights, want, err_msg=str(ids))
 
 
 def test_every_sample_once_per_epoch_and_well_packed(shards):
@@ -132,15 +109,6 @@ def test_only_the_windows_that_are_needed_are_packed(monkeypatch):
   assert packed == [100]
 
 
-def test_rows_have_no_more_samples_than_allowed():
-  lengths = np.random.default_rng(0).integers(1, 60, 500)
-  rng = np.random.default_rng(1)
-  rows = list(packing.PackedOrder(np.arange(500), lengths, 200, 100, rng, most=3))
-  assert max(map(len, rows)) == 3
-  assert sorted(np.concatenate(rows)) == list(range(500))
-  assert max(lengths[row].sum() for row in rows) <= 200
-
-
 def test_dropped_prompts_leave_bos_and_the_picture(shards):
   config = DataConfig(str(shards), mixture={"text_to_image": 1, "speech_to_text": 1})
   dropped = {"text_to_image": [], "speech_to_text": []}
@@ -149,7 +117,7 @@ def test_dropped_prompts_leave_bos_and_the_picture(shards):
       for segment in range(1, batch.segment_ids[b].max() + 1):
         at = np.flatnonzero(batch.segment_ids[b] == segment)
         without = batch.tokens[b, at[1]] == VOCABULARY.boi
-        dropped[TASKS[batch.task_ids[b, at[0]]]].append(without)
+        dropped[task_name(batch.task_ids[b, at[0]])].append(without)
         if without:
           assert len(at) == VOCABULARY.image_length + 5 and batch.loss_weights[b, at[0]] == 1
   assert not any(dropped["speech_to_text"]) and 0.3 < np.mean(dropped["text_to_image"]) < 0.7
@@ -229,8 +197,86 @@ def test_mixture_weights(shards, unit):
   assert {task_name(table.tasks[n]) for n in numbers} == set(mixture)
 
 
+def counts_of(plan, tasks, epochs):
+  """Samples of each task in each epoch, and the numbers in the order of their epochs."""
+  taken = [np.concatenate(list(plan.epoch(e))) for e in range(epochs)]
+  return [np.bincount(tasks[numbers], minlength=len(TASKS)).tolist() for numbers in taken], taken
+
+
+@pytest.mark.parametrize("unit, want", [("samples", [0, 20, 60]), ("tokens", [0, 60, 60])])
+def test_an_epoch_ends_when_the_first_task_is_used_up(unit, want):
+  tasks = np.repeat([1, 2], [90, 60]).astype(np.int8)
+  lengths = np.where(tasks == 1, 10, 30).astype(np.int32)
+  # No sample has the fourth task, and nobody asked for the fifth.
+  mixture = {"text_to_image": 3.0, "speech_to_text": 1.0, "text_to_speech": 2.0, "dialogue": 0.0}
+  plan = RowPlan(lengths, tasks, DataConfig("x", mixture=mixture, mixture_unit=unit))
+  counts, taken = counts_of(plan, tasks, epochs=3)
+  assert [c[:3] for c in counts] == [want] * 3 and all(sum(c) == sum(want) for c in counts)
+  whole = np.concatenate(taken)
+  of_two = whole[tasks[whole] == 2]
+  assert [len(set(part)) for part in np.split(of_two, 3)] == [60] * 3  # every pass has them all
+  assert not (np.sort(of_two[:60]) == of_two[:60]).all()
+  of_one = whole[tasks[whole] == 1][: 90 // want[1] * want[1]]  # of whole epochs
+  assert len(set(of_one)) == len(of_one)  # goes on where the last epoch stopped
+
+
+def test_a_small_share_is_one_sample_at_least():
+  tasks = np.repeat([1, 2], [50, 50]).astype(np.int8)
+  mixture = {"text_to_image": 1.0, "speech_to_text": 1e-6}
+  plan = RowPlan(np.full(100, 10, np.int32), tasks, DataConfig("x", mixture=mixture))
+  assert counts_of(plan, tasks, 1)[0][0][:3] == [0, 1, 50]
+
+
+def test_samples_as_long_as_a_row_are_taken():
+  lengths = np.array([300, 301, 299], np.int32)
+  config = DataConfig("x", sequence_length=300, long_samples="drop")
+  taken = np.concatenate(list(RowPlan(lengths, np.zeros(3, np.int8), config).epoch(0)))
+  assert sorted(taken) == [0, 2]
+  with pytest.raises(ValueError, match="1 samples of x .* record 1 has 301 tokens"):
+    RowPlan(lengths, np.zeros(3, np.int8), dataclasses.replace(config, long_samples="error"))
+  with pytest.raises(ValueError, match="no sample for data.mixture"):
+    RowPlan(lengths, np.zeros(3, np.int8), dataclasses.replace(config, mixture={"dialogue": 1.0}))
+
+
+def test_shares_are_below_one_and_may_be_nothing(shards):
+  for field in ("drop_prompt", "code_noise"):
+    DataConfig(str(shards), **{field: 0.0})
+    for share in (-0.1, 1.0):
+      with pytest.raises(ValueError, match=f"data.{field} is {share}; it must be a share"):
+        DataConfig(str(shards), **{field: share})
+
+
+def test_noise_is_any_code_of_the_same_kind_and_the_same_in_every_run():
+  v = VOCABULARY
+  ids = np.concatenate([np.repeat([v.image.start, v.image.stop - 1], 4000), [v.boi, v.eoi, v.eos]])
+  ids = np.concatenate([ids, np.repeat([v.speech.start, v.speech.stop - 1], 4000)]).astype(np.int32)
+  noisy, again = ids.copy(), ids.copy()
+  for out in (noisy, again):
+    add_code_noise(out, 0.9, v, np.random.default_rng(0))
+  np.testing.assert_array_equal(noisy, again)
+  np.testing.assert_array_equal(v.modality_of(noisy), v.modality_of(ids))
+  changed = noisy[noisy != ids]
+  assert len(changed) / 16000 == pytest.approx(0.9, abs=0.02)
+  assert set(changed) >= {v.image.start, v.image.stop - 1, v.speech.start, v.speech.stop - 1}
+
+
+def test_padding_is_eos_and_nothing_else_is_there(shards):
+  (batch,) = batches(DataConfig(str(shards), max_samples=1), count=1)
+  padding = batch.segment_ids == 0
+  assert padding.any(axis=1).all()
+  assert (batch.tokens[padding] == VOCABULARY.eos).all()
+  assert (batch.targets[padding] == VOCABULARY.eos).all()
+  assert not batch.positions[padding].any() and not batch.task_ids[padding].any()
+  assert {str(getattr(batch, f.name).dtype) for f in dataclasses.fields(batch)} == {
+    "int32",
+    "float32",
+  }
+  assert batch.loss_weights.dtype == np.float32
+
+
 def test_noise_falls_on_codes_of_responses_and_spares_targets(shards):
   config = DataConfig(str(shards), loss_weights=LossWeightConfig(prompt=0.0))
+  noise = {IMAGE: [], SPEECH: []}  # whether each code of a response was changed
   for clean, noisy in zip(
     batches(config), batches(dataclasses.replace(config, code_noise=0.3)), strict=True
   ):
@@ -238,12 +284,14 @@ def test_noise_falls_on_codes_of_responses_and_spares_targets(shards):
     changed = clean.tokens != noisy.tokens
     kinds = VOCABULARY.modality_of(clean.tokens)
     np.testing.assert_array_equal(kinds, VOCABULARY.modality_of(noisy.tokens))
-    for kind in (IMAGE, SPEECH):
+    for kind, seen in noise.items():
       # What is predicted with the weight of a response stands in one.
       response = (kinds == kind) & (np.roll(clean.loss_weights, 1, axis=1) >= 1)
-      assert changed[response].mean() == pytest.approx(0.3, abs=0.05)
+      seen.extend(changed[response])
       assert not changed[(kinds == kind) & ~response].any()
     assert not changed[(kinds != IMAGE) & (kinds != SPEECH)].any()
+  for seen in noise.values():
+    assert np.mean(seen) == pytest.approx(0.3, abs=0.05)
 
 
 def test_long_samples_are_named_or_dropped(shards):
@@ -262,7 +310,7 @@ def test_wrong_configs_are_named(shards):
     DataConfig(str(shards), code_noise=1.5)
   with pytest.raises(ValueError, match="data.long_samples 'cut'"):
     DataConfig(str(shards), long_samples="cut")
-  with pytest.raises(FileNotFoundError, match="no token shards.*data_pipelines.tokenize"):
+  with pytest.raises(FileNotFoundError, match="no token shards.*aromni tokenize"):
     batches(DataConfig(str(shards / "nowhere")))
   with pytest.raises(FileNotFoundError, match="no split 'test'; it has train, validation"):
     batches(DataConfig(str(shards), split="test"))
