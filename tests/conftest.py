@@ -3,21 +3,25 @@
 import fcntl
 import importlib.abc
 import os
+import pathlib
 import sys
-import tempfile
 
 # Processes that tests start, too; libtpu, which compiles for TPUs, would look for chips in each.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# Programs of jobs that tests start are kept for the jobs of this run alone.
-if "AROMNI_CACHE" not in os.environ:
-  _CACHE = tempfile.TemporaryDirectory(prefix="aromni_cache_")
-  os.environ["AROMNI_CACHE"] = _CACHE.name
+# A program is compiled once for all tests, the jobs that they start, and the next run. JAX finds it
+# by what it computes, so what is there is what would be compiled.
+_PROGRAMS = pathlib.Path(__file__).parents[1] / ".pytest_cache/programs"
+os.environ.setdefault("AROMNI_CACHE", str(_PROGRAMS))
 
 import jax  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+from aromni_jax import compilation_cache  # noqa: E402
+
+compilation_cache.enable()
 
 
 class _OnlyForMarked(importlib.abc.MetaPathFinder):

@@ -34,6 +34,7 @@ def zeros(module, config):
   return nnx.merge(graphdef, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state))
 
 
+@pytest.mark.slow
 def test_codes_of_batches_do_not_depend_on_the_batch():
   codec = model_dir.load_codec(model_dir.SHIPPED, "image_codec")
   pictures = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
@@ -59,6 +60,7 @@ def test_batches_of_big_pictures_are_small(monkeypatch):
   assert seen == [(4, 512, 512, 3)]  # traced once, though the last batch is not full
 
 
+@pytest.mark.slow
 def test_ragged_speech_comes_back_at_its_length():
   codec = model_dir.load_codec(model_dir.SHIPPED, "speech_codec")
   rng = np.random.default_rng(0)
@@ -71,6 +73,7 @@ def test_ragged_speech_comes_back_at_its_length():
   np.testing.assert_allclose(wavs[2], alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_clip_sounds_as_it_does_alone():
   """The small codec pads with silence (its codes hear it), but decodes each clip by itself."""
   codec = model_dir.load_codec(model_dir.SHIPPED, "speech_codec")
@@ -83,6 +86,7 @@ def test_a_clip_sounds_as_it_does_alone():
   np.testing.assert_allclose(wav, want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_many_lengths_need_few_compilations(monkeypatch):
   traced = {"encode": [], "decode": []}
   for name, calls in traced.items():
@@ -117,6 +121,7 @@ def test_buckets_waste_at_most_a_third():
   assert [batching.bucket(n, halves=False) for n in (1, 32, 33, 65, 100)] == [32, 32, 64, 128, 128]
 
 
+@pytest.mark.slow
 def test_saved_codec_is_the_loaded_one(copy):
   codec = model_dir.load_codec(copy, "speech_codec")
   before = model_dir.read_info(copy)["speech_codec"]

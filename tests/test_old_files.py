@@ -75,6 +75,7 @@ def test_fingerprints_are_the_same(model):
   assert model.vocabulary.fingerprint() == GOLDEN["vocabulary_fingerprint"]
 
 
+@pytest.mark.slow
 def test_the_model_answers_the_same(model):
   request = Request("text_to_text", text="two dogs on blue")
   (response,) = generate_batch(model, [request], max_new_tokens=12)
@@ -105,6 +106,7 @@ def test_batches_are_the_same_in_the_same_order(case):
     assert digest(*(getattr(batch, field.name) for field in fields)) == wanted
 
 
+@pytest.mark.slow
 def test_a_run_goes_on(tmp_path):
   shutil.copytree(V1 / "run", tmp_path / "run")
   c = demo.get_config("tiny")

@@ -28,6 +28,7 @@ def nhwc(x):
   return x.transpose(0, 2, 3, 1)
 
 
+@pytest.mark.slow
 def test_encode_equals_the_reference(released):
   tensors, codec = released
   pixels = nhwc(tensors["in.pixels"])
@@ -45,6 +46,7 @@ def test_decode_equals_the_reference(released):
   np.testing.assert_array_equal(image_vq.to_uint8(nhwc(tensors["out.pixels"])), tensors["out.u8"])
 
 
+@pytest.mark.slow
 def test_released_size_equals_the_reference():
   tensors, _ = parity.load("vqgan_full_io")
   weights = parity.weights(tensors)
@@ -85,6 +87,7 @@ def test_names_round_trip_to_the_bit(released):
     assert tensor.flags.c_contiguous
 
 
+@pytest.mark.slow
 def test_small_preset_round_trips_shapes_and_params():
   config = image_vq.PRESETS["small"]
   rng = np.random.default_rng(0)

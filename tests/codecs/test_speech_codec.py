@@ -28,6 +28,7 @@ def codec(reference):
   return speech_codec.from_params(TINY, speech_codec_names.from_torch(reference[2]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", "abc")
 def test_equals_the_reference(reference, codec, case):
   tensors, cases, _ = reference
@@ -40,6 +41,7 @@ def test_equals_the_reference(reference, codec, case):
   np.testing.assert_allclose(out, tensors[f"{case}.out.wav"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_released_size_equals_the_reference():
   """Both clips of the fixture in one padded batch; anything may stand in the padding."""
   tensors, _ = parity.load("wavtok_full_io")
@@ -83,6 +85,7 @@ def test_rows_are_mirrored_at_their_own_ends(left, right, extra):
     np.testing.assert_array_equal(got[: len(want), 0], want)
 
 
+@pytest.mark.slow
 def test_padded_rows_are_what_they_are_alone(codec):
   rng = np.random.default_rng(0)
   wavs = [0.3 * rng.normal(size=n).astype(np.float32) for n in (1, 430, 601, 6100)]
@@ -99,6 +102,7 @@ def test_padded_rows_are_what_they_are_alone(codec):
     assert not row[len(want) :].any()
 
 
+@pytest.mark.slow
 def test_minutes_of_sound(codec):
   """200 seconds, padded: codes as those of a piece before it ends, and sound as without padding."""
   wav = 0.3 * np.random.default_rng(0).normal(size=24_000 * 200).astype(np.float32)
@@ -132,6 +136,7 @@ def test_released_size():
   assert sizes["decoder"] == 61_961_472 + 1_847_138
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [1, 399, 400, 401, 4000])
 def test_small_preset_takes_any_length(samples):
   graphdef, params = codec_params.init(lambda r: speech_codec.SpeechCodec(SMALL, rngs=r), 0)
@@ -148,6 +153,7 @@ def test_small_preset_takes_any_length(samples):
   assert jnp.isfinite(wav).all()
 
 
+@pytest.mark.slow
 def test_small_decoder_is_local():
   """Without the position net a far code changes nothing, so the small codec can stream exactly."""
   graphdef, params = codec_params.init(lambda r: speech_codec.SpeechCodec(SMALL, rngs=r), 0)

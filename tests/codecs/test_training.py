@@ -62,6 +62,7 @@ def assert_same(a, b):
   jax.tree.map(np.testing.assert_array_equal, *map(codec_params.to_params, (a, b)))
 
 
+@pytest.mark.slow
 def test_stopped_training_goes_on_as_if_never_stopped(tmp_path):
   def power_cut(step):
     if step == 5:
@@ -78,6 +79,7 @@ def test_stopped_training_goes_on_as_if_never_stopped(tmp_path):
   assert_same(whole, resumed)
 
 
+@pytest.mark.slow
 def test_error_and_codes_of_a_simple_world(tmp_path):
   config = dataclasses.replace(CONFIG, num_steps=600, learning_rate=2e-2, eval_every=600)
   codec = training.fit(make_task(), dataclasses.replace(config, checkpoint_every=600), tmp_path)
@@ -91,6 +93,7 @@ def test_error_and_codes_of_a_simple_world(tmp_path):
   assert len(np.unique(codes)) >= 4
 
 
+@pytest.mark.slow
 def test_training_starts_from_a_codec(tmp_path):
   start = training.fit(make_task(), CONFIG, tmp_path / "a")
   _, state = training.init_state(make_task(), CONFIG, start)
@@ -100,6 +103,7 @@ def test_training_starts_from_a_codec(tmp_path):
   np.testing.assert_array_equal(start.encoder.kernel[...], again.encoder.kernel[...])
 
 
+@pytest.mark.slow
 def test_the_decoder_alone_can_be_trained(tmp_path):
   start = training.fit(make_task(), CONFIG, tmp_path / "a")
   config = dataclasses.replace(CONFIG, decoder_only=True)
@@ -113,6 +117,7 @@ def test_the_decoder_alone_can_be_trained(tmp_path):
     training.fit(task, config, tmp_path / "b", other)
 
 
+@pytest.mark.slow
 def test_a_regulariser_is_a_part_of_the_loss():
   graphdef, state = training.init_state(make_task(), CONFIG)
   losses = []

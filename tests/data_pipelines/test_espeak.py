@@ -2,6 +2,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from aromni_jax.data_pipelines import espeak
 
 TEXTS = ["three lemons on gray", "one butterfly on purple"]

@@ -10,8 +10,6 @@ import time
 import numpy as np
 import pyarrow as pa
 import pytest
-from aromni_jax.data_pipelines.aromni_formats import IGNORED, OFFICIAL_TASKS
-from aromni_jax.data_pipelines.aromni_shards import export_split, import_files
 from pyarrow import parquet
 
 from aromni_jax import model_dir
@@ -19,9 +17,11 @@ from aromni_jax.data import token_shards
 from aromni_jax.data.loss_weights import LossWeightConfig, loss_weights
 from aromni_jax.data.pipeline import DataConfig, make_train_iterator
 from aromni_jax.data.token_shards import TokenShards
+from aromni_jax.data_pipelines.aromni_formats import IGNORED, OFFICIAL_TASKS
+from aromni_jax.data_pipelines.aromni_shards import export_split, import_files
 from aromni_jax.model import load_model
 from aromni_jax.vocabulary import get_vocabulary
-from tests.conftest import random_samples
+from tests.tiny import random_samples
 
 ROOT = pathlib.Path(__file__).parents[2]
 V = get_vocabulary("aromni_7b")
@@ -371,6 +371,7 @@ def kill(process):
   process.stderr.close()
 
 
+@pytest.mark.slow
 def test_a_killed_import_goes_on_and_gives_the_same_bytes(tmp_path):
   items, source = records(1500), tmp_path / "in"
   parts = [items[:500], items[500:1000], items[1000:]]

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
-from aromni_jax.data_pipelines import picto_talk
-from aromni_jax.data_pipelines.tokenize import tokenise
 
 from aromni_jax.codecs import batching
 from aromni_jax.data.token_shards import TokenShards
+from aromni_jax.data_pipelines import picto_talk
+from aromni_jax.data_pipelines.tokenize import tokenise
 from aromni_jax.model import load_model
 from aromni_jax.pictotalk import suite, world
 from aromni_jax.prompts import parse, read_response
@@ -27,6 +27,7 @@ def tokens(data_dir, model):
   return data_dir / "tokens", tokenise(str(data_dir), "tiny", str(data_dir / "tokens"), model)
 
 
+@pytest.mark.slow
 def test_manifest_counts_and_names_what_the_tokens_are(tokens, model):
   out, manifest = tokens
   train = manifest["splits"]["train"]

@@ -53,6 +53,7 @@ def test_cached_batch_of_mixed_tasks_equals_the_plain_loop(decoder):
     np.testing.assert_array_equal(ids, want, err_msg=task)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_a_cache_that_grows_changes_nothing(decoder, monkeypatch, guidance):
   engine = Engine(decoder, VOCABULARY, samplers={"image": Sampler(guidance=guidance)})
@@ -79,6 +80,7 @@ def test_a_cache_that_grows_changes_nothing(decoder, monkeypatch, guidance):
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_guided_pictures_equal_the_plain_loop(decoder):
   engine = Engine(decoder, VOCABULARY, samplers={"image": Sampler(guidance=3.0)})
   plain = Engine(decoder, VOCABULARY).generate(PROMPTS, TASKS, max_new_tokens=90)
@@ -92,6 +94,7 @@ def test_guided_pictures_equal_the_plain_loop(decoder):
     Engine(decoder, VOCABULARY, samplers={"text": Sampler(guidance=2.0)})
 
 
+@pytest.mark.slow
 def test_streamed_parts_are_prefixes(decoder):
   samplers = {"text": Sampler(1.0), "speech": Sampler(0.7, 0.9), "image": Sampler(1.0)}
   engine = Engine(decoder, VOCABULARY, samplers=samplers)
@@ -105,6 +108,7 @@ def test_streamed_parts_are_prefixes(decoder):
     np.testing.assert_array_equal(ids, want)
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_neighbours(decoder):
   engine = Engine(decoder, VOCABULARY, samplers={"speech": Sampler(1.0), "text": Sampler(1.0, 0.9)})
   together = engine.generate(PROMPTS, TASKS, max_new_tokens=100, seed=1)
@@ -114,6 +118,7 @@ def test_a_row_does_not_depend_on_its_neighbours(decoder):
   assert any(len(a) != len(b) or (a != b).any() for a, b in zip(together, other, strict=True))
 
 
+@pytest.mark.slow
 def test_a_short_prompt_goes_on_when_the_longest_ones_budget_has_ended(decoder):
   """The cache ends with the last row, before the longest prompt and the largest budget together."""
   engine = Engine(decoder, VOCABULARY)
@@ -125,6 +130,7 @@ def test_a_short_prompt_goes_on_when_the_longest_ones_budget_has_ended(decoder):
   assert len(speech) > 160 - 82 and len(picture) < 70
 
 
+@pytest.mark.slow
 def test_repetition_penalty_changes_what_is_said(decoder):
   plain = Engine(decoder, VOCABULARY)
   penalised = Engine(decoder, VOCABULARY, samplers={"text": Sampler(repetition_penalty=50.0)})

@@ -118,6 +118,7 @@ def test_guided_pictures_are_the_reference_s(reference, names):
     np.testing.assert_array_equal(ids, [LAYOUT.boi, *tensors[f"{name}.out.argmax"][0]])
 
 
+@pytest.mark.slow
 def test_without_a_picture_before_it_image_guidance_has_no_effect(reference):
   tensors, decoder = reference
   for name, same in (("cfg_txt", True), ("cfg_img", False)):
@@ -133,6 +134,7 @@ def test_without_a_picture_before_it_image_guidance_has_no_effect(reference):
     assert np.array_equal(ids[0], ids[1]) == np.array_equal(ids[0], ids[2]) == same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cfg_txt", "cfg_img"])
 def test_first_guided_logits_are_the_reference_s(reference, name):
   tensors, decoder = reference
@@ -244,6 +246,7 @@ SAMPLERS = {
 }
 
 
+@pytest.mark.slow
 def test_mixed_batch_equals_the_plain_loop(decoder):
   engine = Engine(decoder, SMALL, recipe=RELEASED, samplers=SAMPLERS)
   budgets = [40, 20, 90, 90, 25]
@@ -255,6 +258,7 @@ def test_mixed_batch_equals_the_plain_loop(decoder):
   assert drawn[1] == 1 and drawn[2] > 3 and drawn[3] > 3 and drawn[0] == drawn[4] == 0
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_neighbours(decoder):
   samplers = {
     "greedy": Sampler(repetition_penalty=1.2),

@@ -34,6 +34,7 @@ def draw(logits, allowed, seed, **values):
   return sample(logits, allowed, None, settings(**values), keys, stochastic=True)
 
 
+@pytest.mark.slow
 def test_draws_follow_the_probabilities_of_allowed_ids():
   logits = jnp.log(jnp.array([[0.6, 0.2, 0.2]] * 2))
   allowed = jnp.array([[True, True, False], [False, True, True]])

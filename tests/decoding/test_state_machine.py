@@ -47,6 +47,7 @@ def check(task, ids, budget):
   assert specials == [*want, v.eom, v.eos]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
   seed=st.integers(0, 2**31 - 1),

@@ -61,6 +61,7 @@ def held(monkeypatch):
   return out
 
 
+@pytest.mark.slow
 def test_no_device_holds_the_decoder_and_the_second_look_compiles_nothing(
   tmp_path, held, monkeypatch
 ):
@@ -96,6 +97,7 @@ def answers(devices):
   return [ids.tolist() for ids in engine.generate(prompts, tasks, max_new_tokens=24)]
 
 
+@pytest.mark.slow
 def test_split_parameters_answer_as_whole_ones():
   assert answers(2) == answers(1)
 

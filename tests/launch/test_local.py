@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 
+import pytest
+
 from aromni_jax.launch import processes
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -87,6 +89,7 @@ def test_sigterm_is_passed_on_and_not_restarted(tmp_path):
     assert (tmp_path / f"process-{n}.log").read_text() == "ready\nsaved\n"
 
 
+@pytest.mark.slow
 def test_a_training_runs(shards, tmp_path):
   """`launch.run --target=local`, for real; tests/test_processes.py kills trainings and goes on."""
   workdir = tmp_path / "run"

@@ -135,6 +135,7 @@ def test_greedy_decoding_with_the_cache_equals_the_reference(name):
   np.testing.assert_allclose(logits, ref["out.greedy_step_logits"], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("consume", [False, True])
 def test_the_decoder_for_steps_is_the_same_function(consume):
   decoder = decoder_lib.Decoder(TINY, rngs=nnx.Rngs(0))
@@ -153,6 +154,7 @@ def test_released_size():
   assert config.num_params() == 7_013_158_912
 
 
+@pytest.mark.slow
 def test_packed_samples_do_not_see_each_other():
   graphdef, params = make(TINY)
   tokens, _ = inputs(1, 12)
@@ -182,6 +184,7 @@ def tiny_gradient():
   return gradient(TINY, params, graphdef)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "change", [*({"remat_policy": p} for p in POLICIES), {"scan_layers": False}]
 )
@@ -254,6 +257,7 @@ def test_without_remat_all_is_kept():
   assert sizes == sorted(set(sizes))  # each policy keeps more than the one before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)])
 def test_every_mesh_gives_the_same_gradient(tiny_gradient, mesh):
   graphdef, params = make(TINY)
@@ -284,6 +288,7 @@ def test_gradients_of_unstacked_layers_are_concatenated():
   assert "pad" not in str(jax.make_jaxpr(jax.grad(total))(stacked))
 
 
+@pytest.mark.slow
 def test_splash_equals_xla():
   """The TPU kernel in interpret mode."""
   q, k, v = (
@@ -296,6 +301,7 @@ def test_splash_equals_xla():
   np.testing.assert_allclose(got, want, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_wrong_configs_are_named():
   with pytest.raises(ValueError, match="model.norm_placement 'post'"):
     dataclasses.replace(TINY, norm_placement="post")

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
-from aromni_jax.data_pipelines import espeak
 
+from aromni_jax.data_pipelines import espeak
 from aromni_jax.evaluation.metrics import wer
 from aromni_jax.evaluation.metrics.captions import caption_scores
 from aromni_jax.pictotalk import speech_recogniser, world

@@ -21,6 +21,7 @@ def source(**options):
   return twin_scenes.TwinScenes(captions, **({"batch_size": 2, "grid": 8, "seed": 0} | options))
 
 
+@pytest.mark.slow
 def test_loss_falls():
   task = train_image.make_task(MODEL, source(), held_out=source()(9)["pictures"])
   graphdef, state = training.init_state(task, CONFIG)
@@ -48,6 +49,7 @@ def test_twins_exchange_what_covers_them():
   np.testing.assert_array_equal(other.ravel(), [0, 5, 6, 3])
 
 
+@pytest.mark.slow
 def test_the_reader_learns_and_stays_behind():
   task = train_image.make_task(MODEL, source(batch_size=16), held_out=source()(9)["pictures"])
   config = dataclasses.replace(CONFIG, num_steps=60, learning_rate=1e-2)
@@ -69,6 +71,7 @@ def test_psnr_by_hand():
   assert np.isclose(image_vq.psnr(black + 51, black), 20 * np.log10(5))
 
 
+@pytest.mark.slow
 def test_shipped_codes_name_the_objects_of_unseen_pairs():
   """Naive Bayes on counts of codes suffices: they do not hang on the colour behind the object."""
   codec = model_dir.load_codec(model_dir.SHIPPED, "image_codec")

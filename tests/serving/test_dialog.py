@@ -84,6 +84,7 @@ def test_wrong_files_are_named(tmp_path, data, message):
     read_dialogs(write(tmp_path / "d.json", data))
 
 
+@pytest.mark.slow
 def test_dialogues_are_answered_and_written(tmp_path):
   model = load_model()
   (spoken,) = generate_batch(model, [Request("text_to_speech", text="two dogs on blue")])
@@ -124,6 +125,7 @@ def test_dialogues_are_answered_and_written(tmp_path):
   assert np.abs(soundfile.read(folder / "speech_0.wav")[0]).max() > 0.99
 
 
+@pytest.mark.slow
 def test_silence_stands_around_the_speech_and_alpha_is_dropped(tmp_path):
   model = load_model()
   config = model.speech_codec.config

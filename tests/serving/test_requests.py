@@ -186,6 +186,7 @@ def test_settings_replace_those_of_the_right_samplers():
   assert [(s.temperature, s.top_p) for s in cold.values()] == [(0.0, 0.5)] * 3
 
 
+@pytest.mark.slow
 def test_released_rules_with_a_model_that_was_trained_otherwise(released, files):
   requests = [Request(t, **{n: files[n] for n in task.inputs}) for t, task in TASKS.items()]
   responses = generate_batch(released, requests, max_new_tokens=100)
@@ -206,6 +207,7 @@ def aromni(*args):
   )
 
 
+@pytest.mark.slow
 def test_command_line(files, tmp_path):
   done = aromni("--task=speech_to_text", f"--speech={files['speech']}")
   assert done.returncode == 0 and done.stdout.strip() == TEXT, done.stderr[-1000:]
@@ -214,6 +216,7 @@ def test_command_line(files, tmp_path):
   assert done.returncode == 0 and Image.open(out).size == (64, 64)
 
 
+@pytest.mark.slow
 def test_command_line_errors():
   done = aromni("--task=text_to_image", "--text=a")
   assert done.returncode != 0 and "--out is missing: text_to_image gives a .png" in done.stderr
@@ -230,6 +233,7 @@ def test_command_line_errors():
   assert done.returncode != 0 and "--dialog needs a folder" in done.stderr
 
 
+@pytest.mark.slow
 def test_missing_codecs_are_named_before_anything_is_computed(model):
   mute = dataclasses.replace(model, codecs={"image_codec": model.image_codec})
   with pytest.raises(ValueError, match="has no speech_codec. Convert with --wavtokenizer"):

@@ -143,6 +143,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_killed_while_saving(tmp_path):
   code = _KILLED.format(workdir=str(tmp_path))
   killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -188,6 +189,7 @@ checkpoints.close()
 """
 
 
+@pytest.mark.slow
 def test_processes_fall_back_together(tmp_path):
   """One of two processes cannot read its part of the newest: both take the one before."""
   code = _ONE_OF_TWO.format(address=f"localhost:{free_port()}", workdir=str(tmp_path))

@@ -5,7 +5,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
 import jax
@@ -24,18 +23,6 @@ from aromni_jax.training.config import TrainConfig, to_dataclass
 from tests.tiny import train_config, without_part
 
 ROOT = pathlib.Path(__file__).parents[2]
-CACHE = tempfile.mkdtemp()  # of compiled programs: runs of the same shapes compile once
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once():
-  names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-  before = {name: getattr(jax.config, name) for name in names}
-  for name, value in zip(names, (CACHE, 0.2), strict=True):
-    jax.config.update(name, value)
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
 
 
 def train(config, workdir, hooks=()):
@@ -59,7 +46,6 @@ def command(shards, workdir, *more):
 
 def start(args, devices=8):
   env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-  env |= {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
   return subprocess.Popen(args, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
 
 
@@ -79,6 +65,7 @@ def unbroken(shards, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_kill_and_resume_equals_an_unbroken_run(shards, unbroken, tmp_path):
   process = start(command(shards, tmp_path))
   wait_for(tmp_path / "metrics.jsonl", 5, process)
@@ -142,6 +129,7 @@ def test_another_model_in_the_workdir_is_named(shards, unbroken, tmp_path):
     train(train_config(shards, **{"optimizer.name": "adam"}), unbroken)
 
 
+@pytest.mark.slow
 def test_validation_is_clean(shards, tmp_path):
   found = []
   for noise in (0.0, 0.5):
@@ -165,6 +153,7 @@ def test_wrong_starts_are_named(shards, tmp_path):
     train(train_config(shards), file / "run")
 
 
+@pytest.mark.slow
 def test_fine_tuning_needs_the_base_models_shape(shards, unbroken, tmp_path):
   base = str(unbroken / "model")
   changes = {"init_from_base": True, "base": base, "num_steps": 1}
@@ -178,6 +167,7 @@ class Killed(BaseException):
   pass
 
 
+@pytest.mark.slow
 def test_what_was_due_when_a_run_was_killed_is_done_once(shards, tmp_path, monkeypatch):
   config = train_config(shards, num_steps=4, checkpoint_every=2, eval_every=2)
   samples, evaluate, export = [], loop._Run._evaluate, model_dir.export
@@ -209,6 +199,7 @@ def test_what_was_due_when_a_run_was_killed_is_done_once(shards, tmp_path, monke
   )
 
 
+@pytest.mark.slow
 def test_profile_of_some_steps(shards, tmp_path):
   config = to_dataclass(TrainConfig, train_config(shards, num_steps=3, eval_batches=0).to_dict())
   base = model_dir.open_base()
@@ -227,6 +218,7 @@ def test_batches_that_cannot_be_divided_are_named(shards, tmp_path):
   assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_hooks_get_the_parameters_as_they_are_split(shards, tmp_path):
   looks = []
 

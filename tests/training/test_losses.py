@@ -83,6 +83,7 @@ def test_bad_settings_are_named():
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "mesh, dtype, tolerance",
   [*((mesh, "float32", 1e-5) for mesh in MESHES), ((2, 2, 2), "bfloat16", 0.02)],

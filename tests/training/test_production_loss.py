@@ -336,6 +336,7 @@ def one_mesh(sizes):
   return sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "mesh, options",  # micro-batches and ids per block of logits, of each recipe
   [

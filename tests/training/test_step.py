@@ -74,11 +74,13 @@ def assert_same(one, other, rtol=2e-5):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), one[1], other[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
 def test_eight_devices_equal_one(batches, reference, mesh):
   assert_same(reference, run(batches, mesh=mesh))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normaliser", ["tokens", "weights"])
 def test_accumulation_equals_the_big_batch(batches, normaliser):
   loss = dataclasses.replace(LOSS, normaliser=normaliser)
