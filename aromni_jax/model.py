@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from flax import nnx
 
 from aromni_jax import model_dir
-from aromni_jax.codecs.registry import CODECS
+from aromni_jax.codecs.registry import CODECS, kind_of
 from aromni_jax.codecs.text import TextCodec
 from aromni_jax.models.decoder import Decoder
 from aromni_jax.recipes import Recipe
@@ -25,10 +25,10 @@ class Model:
 
   Attributes:
     path: the directory. vocabulary: id space. text: text codec.
-    codecs: "image_codec" and "speech_codec" -> the codec, if the directory has one.
+    codecs: name of `CODECS` -> the codec, for those that the directory has.
     decoder: the Transformer, or None if the directory has none yet.
     recipe: prompts and rules of decoding.
-    fingerprints: "image_codec", "speech_codec" and "text" -> 16 hex digits.
+    fingerprints: of each codec by its name, and of "text" -> 16 hex digits.
   """
 
   path: pathlib.Path
@@ -41,14 +41,14 @@ class Model:
 
   @property
   def image_codec(self) -> "ImageVQ | None":
-    return self.codecs.get("image_codec")
+    return self.codecs.get(kind_of("image", self.codecs).name)
 
   @property
   def speech_codec(self) -> "SpeechCodec | None":
-    return self.codecs.get("speech_codec")
+    return self.codecs.get(kind_of("speech", self.codecs).name)
 
   def needed(self, codec: str) -> nnx.Module:
-    """Returns the codec "image_codec" or "speech_codec". Raises ValueError if there is none."""
+    """Returns the codec of a name of `CODECS`. Raises ValueError if there is none."""
     if codec not in self.codecs:
       raise ValueError(f"{self.path} has no {codec}. {CODECS[codec].hint}")
     return self.codecs[codec]

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from aromni_jax import saved, storage
-from aromni_jax.codecs.registry import CODECS
+from aromni_jax.codecs.registry import CODECS, CODED, kind_of
 from aromni_jax.codecs.text import SentencePieceText, TextCodec, TokenizerJsonText
 from aromni_jax.fields import to_dataclass
 from aromni_jax.models import decoder as decoder_lib
@@ -82,7 +82,7 @@ def create(directory: str | pathlib.Path, vocabulary: Vocabulary, recipe: Recipe
 def save_codec(
   directory: str | pathlib.Path, name: str, codec: nnx.Module, dtype: str = "bfloat16"
 ) -> None:
-  """Writes "image_codec" or "speech_codec" in a storage dtype and notes it in model.json."""
+  """Writes a codec of `CODECS` in a storage dtype and notes it in model.json."""
   path = pathlib.Path(directory)
   storage.save_params(path / name, codec_params.to_params(codec), dtype)
   info = {"config": dataclasses.asdict(codec.config)}
@@ -137,7 +137,8 @@ def codebook(directory: str | pathlib.Path, name: str) -> np.ndarray:
 
 def codebooks(directory: str | pathlib.Path) -> dict[str, np.ndarray]:
   """Returns the codebook of every modality that has a codec; errors as `load_codec`."""
-  return {kind.modality: codebook(directory, name) for name, kind in CODECS.items()}
+  info = read_info(pathlib.Path(directory))
+  return {m: codebook(directory, kind_of(m, info).name) for m in CODED}
 
 
 def perceptual_table(directory: str | pathlib.Path) -> np.ndarray:
@@ -146,7 +147,7 @@ def perceptual_table(directory: str | pathlib.Path) -> np.ndarray:
   path = pathlib.Path(directory) / "perception"
   if path.is_dir():
     return storage.load_params(path)["table"]
-  return codebook(directory, "image_codec")
+  return codebook(directory, kind_of("image", read_info(path.parent)).name)
 
 
 def save_decoder(directory: str | pathlib.Path, decoder: nnx.Module, dtype: str) -> None:

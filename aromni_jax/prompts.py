@@ -157,12 +157,12 @@ def make_sample(
   if response.transcript is not None:
     pieces += [[vocabulary.instruction], text_codec.encode(response.transcript)]
     pieces += [[vocabulary.response]]
-  if response.text is not None:
-    pieces.append(text_codec.encode(response.text))
-  if response.speech is not None:
-    pieces.append(_speech(response.speech, vocabulary))
-  if response.image is not None:
-    pieces.append(_image(response.image, vocabulary))
+  write = {
+    "text": text_codec.encode,
+    "speech": lambda codes: _speech(codes, vocabulary),
+    "image": lambda codes: _image(codes, vocabulary),
+  }
+  pieces += [write[name](getattr(response, name)) for name in get_task(task).outputs]
   tokens = np.concatenate([prompt, *pieces, [vocabulary.eom, vocabulary.eos]]).astype(np.int32)
   return Sample(tokens, task, len(prompt), key)
 

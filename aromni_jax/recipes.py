@@ -68,7 +68,8 @@ def _released_budget(task: Task, picture: int, prompt: int, asked: int | None) -
   elif task.chats or transcribes:
     budget = asked or context
   else:
-    budget = asked or {"text": 128, "speech": 1024}[task.outputs[0]]
+    ids = {"text": 128, "speech": 1024, "image": picture}
+    budget = asked or sum(ids[part] for part in task.outputs)
   budget = min(budget, context - prompt)
   if budget <= 0:
     raise ValueError(

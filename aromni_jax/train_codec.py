@@ -15,12 +15,10 @@ import shutil
 from absl import flags, logging
 
 from aromni_jax import compilation_cache, logs
-from aromni_jax.codecs.registry import CODECS
+from aromni_jax.codecs.registry import CODED
 from aromni_jax.pictotalk import world
 
-_CODEC = flags.DEFINE_enum(
-  "codec", None, [kind.modality for kind in CODECS.values()], "Which codec."
-)
+_CODEC = flags.DEFINE_enum("codec", None, CODED, "Which codec.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the checkpoints.")
 _OUT = flags.DEFINE_string("out", None, "Model directory that gets the codec.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of the raw PictoTalk sets.")

@@ -6,6 +6,7 @@ for.
 
 import dataclasses
 import importlib
+from collections.abc import Container
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,3 +60,11 @@ CODECS = {
     ),
   )
 }
+CODED = tuple(dict.fromkeys(kind.modality for kind in CODECS.values()))  # modalities with codecs
+
+
+def kind_of(modality: str, parts: Container[str]) -> CodecKind:
+  """Returns the kind of codec that parts of a model have for a modality of `CODED`: the first that
+  is among them, or the first of all if none is."""
+  kinds = [kind for kind in CODECS.values() if kind.modality == modality]
+  return next((kind for kind in kinds if kind.name in parts), kinds[0])

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from aromni_jax.codecs import audio, batching, image_vq
+from aromni_jax.codecs.registry import kind_of
 from aromni_jax.model import Model
 
 if TYPE_CHECKING:
@@ -16,16 +17,17 @@ if TYPE_CHECKING:
 def encode_pictures(model: Model, images: list) -> np.ndarray:
   """Returns int32[n, image_length] codes of paths, PIL pictures or uint8[H, W, 3]."""
   pictures = [Image.fromarray(x) if isinstance(x, np.ndarray) else x for x in images]
-  resolution = model.needed("image_codec").config.resolution
-  pixels = np.stack([image_vq.preprocess(p, resolution) for p in pictures])
-  return batching.encode_images(model.image_codec, pixels, batch_size=min(32, len(pixels)))
+  codec = model.needed(kind_of("image", model.codecs).name)
+  pixels = np.stack([image_vq.preprocess(p, codec.config.resolution) for p in pictures])
+  return batching.encode_images(codec, pixels, batch_size=min(32, len(pixels)))
 
 
 def encode_clips(model: Model, clips: list) -> list[np.ndarray]:
   """Returns the codes, int32[m] each, of paths or of float32[n] at the codec's rate."""
-  rate = model.needed("speech_codec").config.sample_rate
+  codec = model.needed(kind_of("speech", model.codecs).name)
+  rate = codec.config.sample_rate
   wavs = [x if isinstance(x, np.ndarray) else audio.read_audio(x, rate) for x in clips]
-  return batching.encode_speech(model.speech_codec, wavs, batch_size=min(16, len(wavs)))
+  return batching.encode_speech(codec, wavs, batch_size=min(16, len(wavs)))
 
 
 def write_response(response: "Response", out: pathlib.Path, sample_rate: int) -> None:

@@ -9,7 +9,7 @@ from absl import logging
 from PIL import Image
 
 from aromni_jax.codecs import batching
-from aromni_jax.codecs.registry import CODECS
+from aromni_jax.codecs.registry import CODED, kind_of
 from aromni_jax.decoding.engine import Engine
 from aromni_jax.model import Model
 from aromni_jax.prompts import make_prompt, read_response
@@ -135,10 +135,10 @@ def generate_batch(
 def check_codecs(model: Model, task: str) -> None:
   """Raises ValueError if the model lacks a codec that a task needs, before anything is computed."""
   entry = get_task(task)
-  for kind in CODECS.values():
-    if kind.modality in entry.inputs + entry.outputs:
-      codec = model.needed(kind.name)
-      if kind.modality in entry.outputs and not getattr(codec.config, "has_decoder", True):
+  for modality in CODED:
+    if modality in entry.inputs + entry.outputs:
+      codec = model.needed(kind_of(modality, model.codecs).name)
+      if modality in entry.outputs and not getattr(codec.config, "has_decoder", True):
         raise ValueError(
           f"{model.path} has no pixel decoder, and {task} draws; convert with --vqgan=vqgan.ckpt"
         )
