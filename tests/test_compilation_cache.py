@@ -76,6 +76,7 @@ def test_the_oldest_programs_go_when_there_are_too_many(tmp_path):
   assert stat.S_ISDIR(folder.stat().st_mode)
 
 
+@pytest.mark.slow
 def test_torn_programs_are_compiled_again(tmp_path):
   """A process that is killed while it writes leaves half a file."""
   env = {"AROMNI_CACHE": str(tmp_path)}

@@ -131,6 +131,7 @@ def test_a_regulariser_is_a_part_of_the_loss():
   assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_decoder_sees_exchanged_vectors():
   graphdef, state = training.init_state(make_task(), CONFIG)
   batch = jnp.asarray(batch_at(0))

@@ -40,6 +40,7 @@ def test_manifest_counts_and_names_what_the_tokens_are(tokens, model):
   assert train["tokens"] == TokenShards(out, "train", model.vocabulary).lengths.sum()
 
 
+@pytest.mark.slow
 def test_no_test_caption_is_trained_on(tokens, model):
   out, _ = tokens
   said = {}
@@ -54,6 +55,7 @@ def test_no_test_caption_is_trained_on(tokens, model):
   assert said["test"] == {c.text for c in world.captions("tiny", "test")}
 
 
+@pytest.mark.slow
 def test_codes_are_those_of_the_raw_record(tokens, data_dir, model):
   out, _ = tokens
   item = suite.load_items(str(data_dir), "tiny", "test", limit=1)[0]
@@ -69,6 +71,7 @@ def test_codes_are_those_of_the_raw_record(tokens, data_dir, model):
   assert np.mean(model.vocabulary.image_codes(ids) == codes) > 0.95
 
 
+@pytest.mark.slow
 def test_two_builds_give_identical_shards(tokens, data_dir, model):
   out, manifest = tokens
   again = data_dir / "again"

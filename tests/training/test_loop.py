@@ -78,6 +78,7 @@ def test_kill_and_resume_equals_an_unbroken_run(shards, unbroken, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_leaves(shards, unbroken, tmp_path, monkeypatch, caplog):
   """The signal arrives in step 2; tests/test_processes.py has the same for several processes."""
   report, before = loop._Run._report, signal.getsignal(signal.SIGTERM)
@@ -101,6 +102,7 @@ def test_sigterm_saves_and_leaves(shards, unbroken, tmp_path, monkeypatch, caplo
   assert checkpoint.Checkpoints(str(tmp_path)).latest_step == step
 
 
+@pytest.mark.slow
 def test_trained_model_directory_is_whole(shards, unbroken):
   model = load_model(unbroken / "model")
   assert model.decoder.config.num_layers == 2
@@ -122,6 +124,7 @@ def test_non_finite_loss_stops_and_saves_nothing_after(shards, tmp_path):
   assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.slow
 def test_another_model_in_the_workdir_is_named(shards, unbroken, tmp_path):
   with pytest.raises(ValueError, match="another model: model.mlp_dim is 96, was 64"):
     train(train_config(shards, **{"model.mlp_dim": 96}), unbroken)

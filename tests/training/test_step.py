@@ -87,10 +87,12 @@ def test_accumulation_equals_the_big_batch(batches, normaliser):
   assert_same(run(batches, loss=loss), run(batches, loss=loss, accumulate=4))
 
 
+@pytest.mark.slow
 def test_muon_on_eight_devices_equals_one(batches):
   assert_same(run(batches, optimizer="muon"), run(batches, mesh=(2, 2, 2), optimizer="muon"))
 
 
+@pytest.mark.slow
 def test_muon_turns_matrices_and_leaves_the_rest_to_adam():
   key = jax.random.key(0)
   adam, muon = (make_optimizer(OptimizerConfig(name=n, clip_norm=0)) for n in ("adam", "muon"))
@@ -117,15 +119,18 @@ def test_muon_turns_matrices_and_leaves_the_rest_to_adam():
   assert PartitionSpec(None, "fsdp", "tensor") in specs  # its momentum is split, too
 
 
+@pytest.mark.slow
 def test_accumulation_on_a_mesh(batches, reference):
   assert_same(reference, run(batches, mesh=(2, 1, 2), accumulate=2))
 
 
+@pytest.mark.slow
 def test_unrolled_layers_and_blocked_logits_equal_the_rest(batches, reference):
   model = dataclasses.replace(MODEL, scan_layers=False, remat_policy="full")
   assert_same(reference, run(batches, model=model, loss=dataclasses.replace(LOSS, vocab_block=368)))
 
 
+@pytest.mark.slow
 def test_a_frozen_projection_stays_is_used_and_counts_in_no_norm(batches):
   loss = dataclasses.replace(LOSS, train_projection=False)
   before = run(batches[:1], loss=loss)[1]["projection"]
@@ -150,6 +155,7 @@ def test_a_frozen_projection_stays_is_used_and_counts_in_no_norm(batches):
   assert sum(x.size for x in moments) < 2.1 * MODEL.num_params()
 
 
+@pytest.mark.slow
 def test_without_the_perceptual_loss_no_image_codec_is_needed(batches):
   loss = dataclasses.replace(LOSS, perceptual_weight=0.0)
   config = to_dataclass(TrainConfig, base.get_config().to_dict())
@@ -162,6 +168,7 @@ def test_without_the_perceptual_loss_no_image_codec_is_needed(batches):
   assert metrics[0]["loss/next_token"] == pytest.approx(with_it["loss/next_token"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_losses_of_tasks_are_weighted_means(batches):
   batch = batches[0]
   setup = make_setup()
@@ -220,6 +227,7 @@ def test_learning_rate_schedules():
     OptimizerConfig(name="sgd")
 
 
+@pytest.mark.slow
 def test_similar_codes_start_alike():
   table = TABLE.at[1].set(TABLE[0] + 0.01)  # codes 0 and 1 are nearly the same
   config = to_dataclass(TrainConfig, base.get_config().to_dict())
