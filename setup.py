@@ -9,11 +9,11 @@ ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "aromni_jax/__init__.py").read_text())[1]
 
 INSTALL = [
-  # From what Python 3.11 has to what 3.12 and later have; the suite passes with both. Newer ones wait
+  # From what Python 3.11 resolves to, to what 3.12 and later do. Newer ones wait
   # until `tests/test_compat.py` has seen them: aromni_jax/compat.py has private names of JAX.
   # 0.11.1 removed a class that flax 0.12.8, the newest one for Python 3.11, subclasses.
   "jax>=0.10.2,!=0.11.1,<0.13",
-  "flax>=0.12.8,<0.13",  # nnx.transform_metadata; 0.13 may turn nnx to its tree mode
+  "flax>=0.12.8,<0.13",  # nnx.transform_metadata; its makers plan to turn nnx to tree mode
   "optax>=0.2.6",  # Muon of stacked layers
   "orbax-checkpoint>=0.11.30",
   "grain>=0.2.15",

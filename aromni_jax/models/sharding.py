@@ -318,7 +318,7 @@ def reader_of(rows: NamedSharding) -> tuple[int, int]:
   for device, (index, _) in rows.devices_indices_map((size, size)).items():
     read.setdefault(device.process_index, set()).update(range(*index.indices(size)))
   parts = sorted({tuple(sorted(part)) for part in read.values()})
-  if len(parts) * len(parts[0]) != size or len({row for part in parts for row in part}) != size:
+  if any(len(part) * len(parts) != size for part in parts):
     raise ValueError(
       f"config.mesh {dict(rows.mesh.shape)} gives processes parts of a batch that overlap: "
       "config.mesh.tensor must divide the devices of a process, or be a multiple of them"

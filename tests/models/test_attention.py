@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
+from jax.ad_checkpoint import checkpoint_name
 
 from aromni_jax.configs import base
 from aromni_jax.models import attention as attention_lib
 from aromni_jax.models import decoder as decoder_lib
+from aromni_jax.models import remat
 from aromni_jax.models.config import DecoderConfig
 from aromni_jax.planning import estimate
 from aromni_jax.training.config import TrainConfig, to_dataclass
@@ -86,6 +88,7 @@ def test_a_model_whose_backend_is_impossible_is_refused_before_it_is_compiled(ba
     jax.jit(lambda params, ids: nnx.merge(graphdef, params)(ids, ids)).trace(params, ids)
 
 
+@pytest.mark.slow
 def test_an_entry_is_all_that_a_backend_needs(monkeypatch):
   """A new one is chosen, computes, keeps what it names and is counted."""
 
@@ -140,3 +143,20 @@ def test_cudnn_skips_segments_where_their_number_is_known(gpu):
   assert "256x256" in masked
   assert "256x256" not in skipping
   assert skipping.count("max_seg_per_batch\\22: 3") == 2
+
+
+@pytest.mark.parametrize("policy, kernels", [("full", 3), ("mlp", 2), ("norms", 2)])
+def test_what_cudnn_gave_is_kept(gpu, policy, kernels):
+  """Its forward kernel runs again only where the policy keeps nothing of attention."""
+  ids = jnp.zeros((2, 256), jnp.int32)
+
+  def layer(x):  # [B, T, N, H]
+    x = checkpoint_name(x * 2, "qkv")
+    return x + attention_lib.attention(x, x, x, segment_ids=ids, max_segments=3, backend="cudnn")
+
+  def total(x):
+    return remat.checkpoint(layer, policy)(x).astype(jnp.float32).sum()
+
+  x = jax.ShapeDtypeStruct((2, 256, 4, 128), jnp.bfloat16)
+  text = jax.jit(jax.value_and_grad(total)).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("custom_call @__cudnn$fmha") == kernels

@@ -278,6 +278,7 @@ def test_processes_read_their_devices_rows(monkeypatch, sizes, processes, want):
   [
     ((1, 4, 2), [0, 0, 0, 1, 1, 1, 2, 2]),  # tensor 2 over processes of 3 devices
     ((1, 8, 1), [0, 0, 0, 1, 1, 1, 2, 2]),  # nothing overlaps, but 2 of 8 rows are not a third
+    ((1, 8, 1), [0, 0, 1, 2, 2, 2, 3, 3]),
     ((1, 4, 2), [0, 1, 1, 2, 2, 3, 3, 0]),
   ],
 )
