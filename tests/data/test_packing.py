@@ -40,6 +40,12 @@ def test_windows_are_packed_best_fit_decreasing(most):
     rows[at]
 
 
+def test_rows_take_any_number_of_samples_unless_told_otherwise():
+  rng = np.random.default_rng(0)
+  rows = list(packing.PackedOrder(np.arange(7), np.ones(7, int), 7, 10, rng))
+  assert [len(row) for row in rows] == [7]
+
+
 def test_a_sample_fills_what_is_left_of_a_row_to_the_last_token():
   assert [row.tolist() for row in packed([6, 4, 10], 10, window=3, seed=0)] in (
     [[2], [0, 1]],

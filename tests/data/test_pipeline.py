@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from aromni_jax.configs import base
 from aromni_jax.data import packing, token_shards
 from aromni_jax.data.loss_weights import LossWeightConfig
 from aromni_jax.data.pipeline import (
@@ -19,6 +20,7 @@ from aromni_jax.data.pipeline import (
   add_code_noise,
   make_train_iterator,
 )
+from aromni_jax.fields import to_dataclass
 from aromni_jax.tasks import TASKS, task_name
 from aromni_jax.vocabulary import IMAGE, SPEECH, get_vocabulary
 from tests.tiny import random_samples, text_model
@@ -116,9 +118,10 @@ def test_dropped_prompts_leave_bos_and_the_picture(shards):
     for b in range(4):
       for segment in range(1, batch.segment_ids[b].max() + 1):
         at = np.flatnonzero(batch.segment_ids[b] == segment)
-        without = batch.tokens[b, at[1]] == VOCABULARY.boi
+        without = VOCABULARY.eoh not in batch.tokens[b, at]  # which ends every prompt
         dropped[task_name(batch.task_ids[b, at[0]])].append(without)
         if without:
+          assert batch.tokens[b, at[1]] == VOCABULARY.boi
           assert len(at) == VOCABULARY.image_length + 5 and batch.loss_weights[b, at[0]] == 1
   assert not any(dropped["speech_to_text"]) and 0.3 < np.mean(dropped["text_to_image"]) < 0.7
   with pytest.raises(ValueError, match="data.drop_prompt is 1.5"):
@@ -236,6 +239,12 @@ def test_samples_as_long_as_a_row_are_taken():
     RowPlan(lengths, np.zeros(3, np.int8), dataclasses.replace(config, long_samples="error"))
   with pytest.raises(ValueError, match="no sample for data.mixture"):
     RowPlan(lengths, np.zeros(3, np.int8), dataclasses.replace(config, mixture={"dialogue": 1.0}))
+
+
+def test_the_defaults_are_those_of_config_files():
+  fields = base.get_config().data.to_dict()
+  length = fields["sequence_length"]
+  assert to_dataclass(DataConfig, fields) == DataConfig("data/tokens", sequence_length=length)
 
 
 def test_shares_are_below_one_and_may_be_nothing(shards):

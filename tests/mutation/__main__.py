@@ -30,7 +30,7 @@ _LOSS, _STEP = "tests/training/test_production_loss.py", "tests/training/test_st
 TESTS = {
   "aromni_jax/training/step.py": (_LOSS, _STEP),
   "aromni_jax/training/setup.py": (_LOSS, _STEP),
-  "aromni_jax/training/terms.py": ("tests/training/test_losses.py", _LOSS, _STEP),
+  "aromni_jax/training/terms.py": ("tests/training/test_terms.py", _LOSS, _STEP),
   "aromni_jax/training/losses.py": ("tests/training/test_losses.py", _LOSS),
   "aromni_jax/training/optimizer.py": ("tests/training/test_optimizer.py", _LOSS),
   "aromni_jax/data/loss_weights.py": ("tests/data/test_loss_weights.py", _LOSS),

@@ -122,6 +122,6 @@ NAMED = {
   "attention crosses samples": (
     "aromni_jax/models/decoder.py",
     "backend.run(q, k, v, segment_ids, c.max_segments)",
-    "backend.run(q, k, v, jnp.ones_like(segment_ids), c.max_segments)",
+    "backend.run(q, k, v, None, c.max_segments)",
   ),
 }

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aromni_jax.configs import base
+from aromni_jax.fields import to_dataclass
+from aromni_jax.recipes import PAPER
 from aromni_jax.training.optimizer import (
   OptimizerConfig,
   decay_mask,
@@ -118,6 +121,12 @@ def test_the_rate_decays_to_its_share(schedule, final, done, want):
   assert learning_rate(config, 0, done) == pytest.approx(3.0 * want / 4)
   cold = dataclasses.replace(config, warmup_steps=0)
   assert learning_rate(cold, 0, done) == pytest.approx(3.0 * want)
+
+
+def test_the_defaults_are_those_of_the_papers_pretraining():
+  """In `configs/base.py`, too."""
+  assert to_dataclass(OptimizerConfig, base.get_config().optimizer.to_dict()) == OptimizerConfig()
+  assert OptimizerConfig().learning_rate == PAPER.training["optimizer.learning_rate"] == 6e-5
 
 
 def test_wrong_settings_are_named():
