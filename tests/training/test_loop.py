@@ -116,6 +116,7 @@ def test_trained_model_directory_is_whole(shards, unbroken):
   assert list((unbroken / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_non_finite_loss_stops_and_saves_nothing_after(shards, tmp_path):
   config = train_config(shards, **{"optimizer.learning_rate": float("nan"), "checkpoint_every": 1})
   with pytest.raises(FloatingPointError, match="loss is nan at step 2.*nothing was saved"):

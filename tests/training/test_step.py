@@ -185,6 +185,7 @@ def test_losses_of_tasks_are_weighted_means(batches):
       assert float(metrics[f"task/{task}"]) == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_loss_of_the_right_targets_falls(batches):
   metrics, _ = run([batches[0]] * 12)
   assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.2
