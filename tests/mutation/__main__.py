@@ -39,7 +39,7 @@ TESTS = {
   "aromni_jax/models/decoder.py": ("tests/models/test_decoder.py", _LOSS),
 }
 COPIED = ("aromni_jax", "configs", "data_pipelines", "launch", "tests", "pyproject.toml")
-_MEMORY = 12 * 2**30  # address space of a run; a change may allocate without end
+_MEMORY = 8 * 2**30  # address space of a run; a change may allocate without end
 
 
 def nearest(file: str) -> tuple[str, ...]:
