@@ -19,21 +19,10 @@ from aromni_jax.models import remat, sharding
 from aromni_jax.models.config import DecoderConfig
 from aromni_jax.planning import estimate
 from aromni_jax.training.config import TrainConfig, to_dataclass
-from tests import released
+from tests import released, tiny
 
 PARITY = pathlib.Path(__file__).parents[1] / "fixtures/parity"
-TINY = DecoderConfig(
-  vocab_size=64,
-  embed_dim=32,
-  mlp_dim=64,
-  num_layers=2,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=8,
-  dtype="float32",
-  remat_policy="none",
-  init_std=0.2,
-)
+TINY = dataclasses.replace(tiny.DECODER, vocab_size=64, init_std=0.2)
 POLICIES = [name for name, entry in remat.REMAT.items() if entry.keeps is not None]
 
 
